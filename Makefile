@@ -1,0 +1,45 @@
+# Two commands for a newcomer: `make demo` and `make test`. The rest is for people who work on the project.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help install dev demo test soak check format clean
+
+help:           ## Show this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -e .
+	touch $@
+
+$(VENV)/.dev: pyproject.toml $(VENV)/.installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev]'
+	touch $@
+
+install: $(VENV)/.installed   ## Create .venv and install the product
+
+dev: $(VENV)/.dev             ## The same with what tests and checks need
+
+demo: $(VENV)/.installed      ## Run the main job end to end and leave the server running
+	$(BIN)/tunewright demo
+
+test: $(VENV)/.dev            ## All tests but the soaks
+	$(BIN)/python -m pytest
+
+soak: $(VENV)/.dev            ## The long tests
+	$(BIN)/python -m pytest -m soak
+
+check: $(VENV)/.dev           ## Lint, format, types and import rules; under a minute
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	$(BIN)/pyright
+
+format: $(VENV)/.dev          ## Let ruff rewrite the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:          ## Remove the environments
+	rm -rf $(VENV) .venvs

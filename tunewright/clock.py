@@ -1,0 +1,22 @@
+"""The only place that asks what time it is.
+
+Wall time goes into records that people read; monotonic time drives every timeout and lease, so that a clock that
+jumps can neither expire nor prolong anything.
+"""
+
+import time
+
+
+def wall_s() -> int:
+    """Unix time in whole seconds: the unit of every timestamp that leaves the product."""
+    return int(time.time())
+
+
+def wall_ms() -> int:
+    """Unix time in milliseconds (ids, JWT claims of the Zhipu dialect)."""
+    return int(time.time() * 1000)
+
+
+def mono_s() -> float:
+    """Monotonic seconds; only differences mean anything, and only within one boot of one machine."""
+    return time.monotonic()

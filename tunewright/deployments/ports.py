@@ -1,0 +1,136 @@
+"""The internal protocol between the gateway and an engine worker.
+
+Transport: TCP on 127.0.0.1, one connection per request, newline-delimited JSON. The first line from the client is an
+`EngineRequest` and carries the worker's secret; the worker answers with lines of `EngineReply`. Closing the connection cancels
+the request and frees its slot. A worker without the right secret in the first line closes at once and says nothing.
+"""
+
+from typing import Any
+
+import msgspec
+
+
+class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """`spec.json` in a worker's folder (mode 0600), written by the server before it starts the process."""
+
+    worker_id: str
+    base_code: str
+    base_path: str
+    base_files: dict[str, str]
+    renderer_hash: str
+    secret: str
+    threads: int
+    slots: int
+    queue: int
+    adapters: int
+    context_tokens: int
+    idle_exit_s: float
+    """An orphaned worker (its parent is gone, nobody connects) ends itself after this."""
+
+
+class WorkerProcess(msgspec.Struct, frozen=True, kw_only=True):
+    """`worker.json`, written by the worker once it can answer: how a restarted server finds it again."""
+
+    pid: int
+    start_ticks: int
+    port: int
+    worker_id: str
+
+
+class Generate(msgspec.Struct, frozen=True, kw_only=True, tag="generate"):
+    """Continue `prompt_ids`. `adapter_id` None is the base; `adapter_path` is where to load it from on first use
+    (the server writes it from its registry; callers of the API can't).
+    `stop_ids` end the answer and are not shown; `stop` strings too, also across token borders."""
+
+    secret: str
+    request_id: str
+    prompt_ids: list[int]
+    adapter_id: str | None = None
+    adapter_path: str | None = None
+    adapter_sha256: str | None = None
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int | None = None
+    max_tokens: int
+    stop: list[str] = []
+    stop_ids: list[int] = []
+
+
+class Prove(msgspec.Struct, frozen=True, kw_only=True, tag="prove"):
+    """Load the adapter and compare next-token logits with the base's on `prompts` (token ids)."""
+
+    secret: str
+    adapter_id: str
+    adapter_path: str
+    adapter_sha256: str
+    prompts: list[list[int]]
+
+
+class Unload(msgspec.Struct, frozen=True, kw_only=True, tag="unload"):
+    """Forget an adapter; requests that use it end first."""
+
+    secret: str
+    adapter_id: str
+
+
+class Health(msgspec.Struct, frozen=True, kw_only=True, tag="health"):
+    """Ask for the worker's state."""
+
+    secret: str
+
+
+EngineRequest = Generate | Prove | Unload | Health
+
+
+class TokenText(msgspec.Struct, frozen=True, kw_only=True, tag="token"):
+    """New text (whole characters; may be empty) after `n_tokens` generated tokens so far."""
+
+    text: str
+    n_tokens: int
+
+
+class Done(msgspec.Struct, frozen=True, kw_only=True, tag="done"):
+    """The last line of a generation. `reason` is stop or length."""
+
+    reason: str
+    prompt_tokens: int
+    completion_tokens: int
+    text: str = ""
+
+
+class Proof(msgspec.Struct, frozen=True, kw_only=True, tag="proof"):
+    """What `Prove` measured. `max_logit_shift` is the largest absolute difference over all prompts and tokens."""
+
+    tensors: int
+    tensors_applied: int
+    max_logit_shift: float
+    mean_logit_shift: float
+    load_ms: float
+
+
+class State(msgspec.Struct, frozen=True, kw_only=True, tag="state"):
+    """Answer to `Health`; also the empty answer to `Unload`."""
+
+    worker_id: str
+    base_code: str
+    active: int
+    waiting: int
+    slots: int
+    adapters: list[str]
+
+
+class Trouble(msgspec.Struct, frozen=True, kw_only=True, tag="trouble"):
+    """The request failed. `kind` is that of the error class to raise (`errors.py`), the rest its arguments."""
+
+    kind: str
+    code: str
+    message: str
+    values: dict[str, Any] = {}
+
+
+EngineReply = TokenText | Done | Proof | State | Trouble
+
+encode_line = msgspec.json.Encoder().encode
+decode_request = msgspec.json.Decoder(EngineRequest).decode
+decode_reply = msgspec.json.Decoder(EngineReply).decode

@@ -1,0 +1,54 @@
+"""What the job service asks of the world around it."""
+
+from pathlib import Path
+from typing import Any, Protocol
+
+from tunewright.models.records import Base, TunedModel
+
+
+class Runner(Protocol):
+    """Starts worker processes and finds them again.
+
+    A process gets its own session and process group, a clean environment (no database URL, no keys), its output in a
+    file, and its working folder as the only argument. All calls return at once.
+    """
+
+    def start(self, module: str, work_folder: Path, log: Path) -> int:
+        """Start `python -m module work_folder`; returns the pid."""
+        ...
+
+    def alive(self, pid: int, start_ticks: int) -> bool:
+        """Whether that very process (not a later one with its number, not a zombie) still runs. Reaps our own children."""
+        ...
+
+    def start_ticks(self, pid: int) -> int | None:
+        """Start time of a live process in clock ticks since boot, None if there is none."""
+        ...
+
+    def terminate(self, pid: int) -> None:
+        """SIGTERM to the process group; no error if it is gone."""
+        ...
+
+    def kill(self, pid: int) -> None:
+        """SIGKILL to the process group; no error if it is gone."""
+        ...
+
+    def group_empty(self, pid: int) -> bool:
+        """Whether no live process (zombies do not count) is left in the group that `pid` led."""
+        ...
+
+
+class Prover(Protocol):
+    """Applies a fresh adapter where it will be served and measures its effect."""
+
+    def warm(self, base: Base) -> None:
+        """Begin to make ready whatever serves `base`; returns at once. Called while a job of that base runs."""
+        ...
+
+    def prove(self, base: Base, model: TunedModel) -> dict[str, Any]:
+        """Load the adapter and compare logits with the base's on stored prompts.
+
+        Returns `{"tensors": n, "tensors_applied": n, "max_logit_shift": x, ...}`.
+        Raises InvalidRequest (`adapter_invalid`, `no_effect`) or Unavailable (the engine can't start; try later).
+        """
+        ...

@@ -1,0 +1,112 @@
+"""A fine-tuning job, its events and its checkpoints, and the one table of legal moves."""
+
+from typing import Any
+
+import msgspec
+
+VALIDATING = "validating"
+QUEUED = "queued"
+RUNNING = "running"
+CANCELLING = "cancelling"
+PAUSED = "paused"
+SUCCEEDED = "succeeded"
+FAILED = "failed"
+CANCELLED = "cancelled"
+
+TERMINAL = frozenset({SUCCEEDED, FAILED, CANCELLED})
+MOVES: dict[str, frozenset[str]] = {
+    VALIDATING: frozenset({QUEUED, FAILED, CANCELLED}),
+    QUEUED: frozenset({RUNNING, CANCELLED, FAILED, PAUSED}),
+    RUNNING: frozenset({SUCCEEDED, FAILED, CANCELLING, QUEUED, PAUSED}),
+    CANCELLING: frozenset({CANCELLED, SUCCEEDED}),
+    PAUSED: frozenset({QUEUED, CANCELLED}),
+    SUCCEEDED: frozenset(),
+    FAILED: frozenset(),
+    CANCELLED: frozenset(),
+}
+
+
+class JobError(msgspec.Struct, frozen=True, kw_only=True):
+    """Why a job failed: data, not an exception. `message` is the English template, `values` fill it."""
+
+    code: str
+    message: str
+    param: str | None = None
+    values: dict[str, Any] = {}
+
+
+class Job(msgspec.Struct, frozen=True, kw_only=True):
+    """One row of the jobs table; only `jobs/service.py` and `jobs/controller.py` ask for changes.
+
+    `requested` is what the caller asked for (numbers or "auto"), `hyperparameters` what it resolved to.
+    `attempt` grows by one with each trainer that is started: the fencing token of everything a trainer writes.
+    `journal_offset` is how many bytes of the current attempt's journal are in the database.
+    """
+
+    id: str
+    project_id: str
+    base_code: str
+    model: str
+    """The `model` of the request, echoed: a base's code or alias, or a tuned model to continue from."""
+    tuned_model_id: str
+    tuned_model_name: str
+    training_file: str
+    validation_file: str | None = None
+    status: str = VALIDATING
+    method: str = "supervised"
+    training_type: str = "lora"
+    requested: dict[str, Any] = {}
+    hyperparameters: dict[str, Any] = {}
+    suffix: str | None = None
+    seed: int = 0
+    metadata: dict[str, str] | None = None
+    request_id: str | None = None
+    created_at: int
+    running_at: int | None = None
+    finished_at: int | None = None
+    estimated_finish: int | None = None
+    trained_tokens: int | None = None
+    result_files: tuple[str, ...] = ()
+    rows: dict[str, int] = {}
+    """`used`, `skipped`, `cut`: what happened to every row."""
+    error: JobError | None = None
+    attempt: int = 0
+    failures: int = 0
+    """Trainer deaths since the last checkpoint; reset by progress."""
+    journal_offset: int = 0
+    total_steps: int | None = None
+    step: int = 0
+    deleted_at: int | None = None
+
+
+class JobEvent(msgspec.Struct, frozen=True, kw_only=True):
+    """One line of a job's history. `type` is `message` or `metrics`; `message` is an English template for `values`.
+
+    `step` is set on metrics only; (job, step) is unique there, so a resumed trainer repeats nothing.
+    `sequence` grows within one job and is the order of the list.
+    """
+
+    id: str
+    job_id: str
+    project_id: str
+    sequence: int = 0
+    type: str
+    level: str = "info"
+    code: str = "message"
+    message: str
+    values: dict[str, Any] = {}
+    data: dict[str, Any] | None = None
+    step: int | None = None
+    created_at: int
+
+
+class JobCheckpoint(msgspec.Struct, frozen=True, kw_only=True):
+    """A verified checkpoint that a user may see. `path` is relative to the job's work folder."""
+
+    id: str
+    job_id: str
+    project_id: str
+    step: int
+    metrics: dict[str, Any]
+    path: str
+    created_at: int

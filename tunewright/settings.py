@@ -1,0 +1,79 @@
+"""Every setting, from `TUNEWRIGHT_*` environment variables or the command line. The only reader of the environment."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+class Settings(BaseSettings):
+    """Operator settings; units are in the names. `docs/operations.md` lists them all (a test compares)."""
+
+    model_config = SettingsConfigDict(env_prefix="TUNEWRIGHT_", extra="ignore", frozen=True)
+
+    home: Path = Field(default=Path("~/.tunewright"), description="Folder that holds everything; mode 0700")
+    host: str = Field(default="127.0.0.1", description="Address to listen on")
+    port: int = Field(default=8000, ge=0, le=65535, description="Port to listen on; 0 picks a free one")
+    database_url: str = Field(default="", description="SQLAlchemy URL; empty means SQLite in the home folder")
+    blob_url: str = Field(default="", description="obstore URL for uploaded files; empty means the home folder")
+    language: Literal["en", "zh"] = Field(default="en", description="Language of messages when a request names none")
+    allowed_hosts: list[str] = Field(
+        default=["localhost", "127.0.0.1", "[::1]"],
+        description="Host headers answered while the address is loopback; '*' answers all",
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field(default="info", description="Least level logged")
+
+    max_file_bytes: int = Field(default=512 * 2**20, description="Largest uploaded file")
+    max_json_bytes: int = Field(default=2**20, description="Largest JSON body outside chat")
+    max_chat_bytes: int = Field(default=20 * 2**20, description="Largest chat body")
+    max_line_bytes: int = Field(default=4 * 2**20, description="Longest line of a data file")
+    min_training_rows: int = Field(default=1, ge=1, description="Fewest rows a training file may have")
+    min_free_disk_bytes: int = Field(default=2**30, description="Uploads are refused below this much free disk")
+
+    max_running_jobs: int = Field(default=1, ge=1, description="Trainers at work at the same time")
+    max_queued_jobs: int = Field(default=100, ge=1, description="Jobs of one project waiting at the same time")
+    trainer_threads: int = Field(default=0, ge=0, description="Threads of a trainer; 0 means all cores")
+    checkpoint_every_s: float = Field(default=60.0, gt=0, description="Longest stretch of work a crash can cost")
+    heartbeat_limit_s: float = Field(default=30.0, gt=0, description="A trainer silent for this long is killed")
+    cancel_grace_s: float = Field(default=10.0, gt=0, description="From the polite to the hard end of a trainer")
+    max_attempts: int = Field(default=3, ge=1, description="Trainer deaths without progress before a job fails")
+    on_shutdown: Literal["checkpoint", "continue"] = Field(
+        default="checkpoint", description="What SIGTERM of the server does to running trainers"
+    )
+
+    engine_threads: int = Field(default=0, ge=0, description="Threads of an engine worker; 0 means all cores")
+    engine_slots: int = Field(default=16, ge=1, description="Sequences decoded together by one worker")
+    engine_queue: int = Field(default=256, ge=1, description="Requests waiting at one worker before it refuses")
+    engine_adapters: int = Field(default=32, ge=1, description="Adapters held in memory by one worker")
+    engine_context_tokens: int = Field(default=4096, ge=64, description="Longest prompt plus answer that is served")
+    engine_start_limit_s: float = Field(default=120.0, gt=0, description="A worker not ready after this is a failure")
+    engine_idle_exit_s: float = Field(default=120.0, gt=0, description="An orphaned idle worker ends itself after this")
+    max_completion_tokens: int = Field(default=1024, ge=1, description="Answer length when a request names none")
+    max_streams_per_key: int = Field(default=50, ge=1, description="Completions one key may have under way")
+    drain_delay_s: float = Field(default=0.0, ge=0, description="Time between 'not ready' and closing on SIGTERM")
+    drain_grace_s: float = Field(default=10.0, ge=0, description="Time that open streams get to end on SIGTERM")
+
+
+class HomeFolder:
+    """Paths inside the home. `create()` makes what is missing, with mode 0700 for the home itself."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root.expanduser().resolve()
+        self.database = self.root / "tunewright.db"
+        self.master_key = self.root / "master.key"
+        self.first_key = self.root / "first.key"
+        self.server_lock = self.root / "server.lock"
+        self.catalogue = self.root / "catalogue.toml"
+        self.blobs = self.root / "blobs"
+        self.bases = self.root / "models"
+        self.adapters = self.root / "adapters"
+        self.jobs = self.root / "jobs"
+        self.workers = self.root / "workers"
+        self.temporary = self.root / "tmp"
+
+    def create(self) -> None:
+        """Create the folders that are missing; existing ones keep what they hold."""
+        self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for folder in (self.blobs, self.bases, self.adapters, self.jobs, self.workers, self.temporary):
+            folder.mkdir(mode=0o700, exist_ok=True)
