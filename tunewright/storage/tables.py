@@ -1,0 +1,182 @@
+"""All tables. Column names are the field names of the records, one to one (a contract test compares).
+
+Tenant tables lead their keys and indexes with `project_id`, in the order of the page that they serve, so that a list reads
+its rows in order and stops. A change here needs a new file in `migrations/versions`.
+"""
+
+import sqlalchemy as sa
+
+metadata = sa.MetaData()
+
+ID = sa.String(80).with_variant(sa.String(80, collation="C"), "postgresql")
+"""Compared byte by byte everywhere: ids sort by time."""
+JSON = sa.JSON(none_as_null=True)
+
+projects = sa.Table(
+    "projects",
+    metadata,
+    sa.Column("id", ID, primary_key=True),
+    sa.Column("number", sa.String(10), nullable=False, unique=True),
+    sa.Column("name", sa.Text, nullable=False),
+    sa.Column("created_at", sa.BigInteger, nullable=False),
+)
+
+api_keys = sa.Table(
+    "api_keys",
+    metadata,
+    sa.Column("id", ID, primary_key=True),
+    sa.Column("project_id", ID, sa.ForeignKey("projects.id"), nullable=False),
+    sa.Column("name", sa.Text, nullable=False),
+    sa.Column("secret_mac", sa.LargeBinary, nullable=False),
+    sa.Column("secret_sealed", sa.LargeBinary),
+    sa.Column("created_at", sa.BigInteger, nullable=False),
+    sa.Column("revoked_at", sa.BigInteger),
+    sa.Index("api_keys_page", "project_id", "created_at", "id"),
+)
+
+files = sa.Table(
+    "files",
+    metadata,
+    sa.Column("project_id", ID, sa.ForeignKey("projects.id"), primary_key=True),
+    sa.Column("id", ID, primary_key=True),
+    sa.Column("filename", sa.Text, nullable=False),
+    sa.Column("purpose", sa.Text, nullable=False),
+    sa.Column("size_bytes", sa.BigInteger, nullable=False),
+    sa.Column("sha256", sa.String(64), nullable=False),
+    sa.Column("created_at", sa.BigInteger, nullable=False),
+    sa.Column("status", sa.Text, nullable=False),
+    sa.Column("kind", sa.Text),
+    sa.Column("rows", sa.BigInteger),
+    sa.Column("report", JSON, nullable=False),
+    sa.Index("files_page", "project_id", "created_at", "id"),
+    sa.Index("files_page_of_purpose", "project_id", "purpose", "created_at", "id"),
+)
+
+jobs = sa.Table(
+    "jobs",
+    metadata,
+    sa.Column("project_id", ID, sa.ForeignKey("projects.id"), primary_key=True),
+    sa.Column("id", ID, primary_key=True),
+    sa.Column("base_code", sa.Text, nullable=False),
+    sa.Column("model", sa.Text, nullable=False),
+    sa.Column("tuned_model_id", sa.Text, nullable=False),
+    sa.Column("tuned_model_name", sa.Text, nullable=False),
+    sa.Column("training_file", sa.Text, nullable=False),
+    sa.Column("validation_file", sa.Text),
+    sa.Column("status", sa.Text, nullable=False),
+    sa.Column("method", sa.Text, nullable=False),
+    sa.Column("training_type", sa.Text, nullable=False),
+    sa.Column("requested", JSON, nullable=False),
+    sa.Column("hyperparameters", JSON, nullable=False),
+    sa.Column("suffix", sa.Text),
+    sa.Column("seed", sa.BigInteger, nullable=False),
+    sa.Column("metadata", JSON),
+    sa.Column("request_id", sa.Text),
+    sa.Column("created_at", sa.BigInteger, nullable=False),
+    sa.Column("running_at", sa.BigInteger),
+    sa.Column("finished_at", sa.BigInteger),
+    sa.Column("estimated_finish", sa.BigInteger),
+    sa.Column("trained_tokens", sa.BigInteger),
+    sa.Column("result_files", JSON, nullable=False),
+    sa.Column("rows", JSON, nullable=False),
+    sa.Column("error", JSON),
+    sa.Column("attempt", sa.BigInteger, nullable=False),
+    sa.Column("failures", sa.BigInteger, nullable=False),
+    sa.Column("journal_offset", sa.BigInteger, nullable=False),
+    sa.Column("total_steps", sa.BigInteger),
+    sa.Column("step", sa.BigInteger, nullable=False),
+    sa.Column("deleted_at", sa.BigInteger),
+    sa.Index("jobs_page", "project_id", "created_at", "id"),
+    sa.Index("jobs_by_status", "status", "project_id"),
+    sa.Index(
+        "jobs_by_request",
+        "project_id",
+        "request_id",
+        unique=True,
+        sqlite_where=sa.text("deleted_at IS NULL"),
+        postgresql_where=sa.text("deleted_at IS NULL"),
+    ),
+)
+
+job_events = sa.Table(
+    "job_events",
+    metadata,
+    sa.Column("project_id", ID, primary_key=True),
+    sa.Column("job_id", ID, primary_key=True),
+    sa.Column("sequence", sa.BigInteger, primary_key=True, autoincrement=False),
+    sa.Column("id", ID, nullable=False),
+    sa.Column("type", sa.Text, nullable=False),
+    sa.Column("level", sa.Text, nullable=False),
+    sa.Column("code", sa.Text, nullable=False),
+    sa.Column("message", sa.Text, nullable=False),
+    sa.Column("values", JSON, nullable=False, quote=True),
+    sa.Column("data", JSON),
+    sa.Column("step", sa.BigInteger),
+    sa.Column("created_at", sa.BigInteger, nullable=False),
+    sa.ForeignKeyConstraint(["project_id", "job_id"], ["jobs.project_id", "jobs.id"]),
+    sa.Index("job_events_by_id", "project_id", "job_id", "id", unique=True),
+    sa.Index(
+        "job_events_metrics",
+        "project_id",
+        "job_id",
+        "step",
+        unique=True,
+        sqlite_where=sa.text("type = 'metrics'"),
+        postgresql_where=sa.text("type = 'metrics'"),
+    ),
+)
+
+job_checkpoints = sa.Table(
+    "job_checkpoints",
+    metadata,
+    sa.Column("project_id", ID, primary_key=True),
+    sa.Column("job_id", ID, primary_key=True),
+    sa.Column("step", sa.BigInteger, primary_key=True, autoincrement=False),
+    sa.Column("id", ID, nullable=False),
+    sa.Column("metrics", JSON, nullable=False),
+    sa.Column("path", sa.Text, nullable=False),
+    sa.Column("created_at", sa.BigInteger, nullable=False),
+    sa.ForeignKeyConstraint(["project_id", "job_id"], ["jobs.project_id", "jobs.id"]),
+    sa.Index("job_checkpoints_by_id", "project_id", "job_id", "id", unique=True),
+)
+
+tuned_models = sa.Table(
+    "tuned_models",
+    metadata,
+    sa.Column("project_id", ID, sa.ForeignKey("projects.id"), primary_key=True),
+    sa.Column("id", ID, primary_key=True),
+    sa.Column("name", sa.Text, nullable=False),
+    sa.Column("base_code", sa.Text, nullable=False),
+    sa.Column("job_id", sa.Text, nullable=False),
+    sa.Column("created_at", sa.BigInteger, nullable=False),
+    sa.Column("status", sa.Text, nullable=False),
+    sa.Column("adapter_path", sa.Text),
+    sa.Column("adapter_sha256", sa.Text),
+    sa.Column("renderer_hash", sa.Text),
+    sa.Column("checkpoint_step", sa.BigInteger),
+    sa.Column("proof", JSON, nullable=False),
+    sa.Column("deleted_at", sa.BigInteger),
+    sa.Index("tuned_models_by_name", "project_id", "name", unique=True),
+    sa.Index("tuned_models_page", "project_id", "status", "created_at", "id"),
+)
+
+idempotency = sa.Table(
+    "idempotency",
+    metadata,
+    sa.Column("project_id", ID, sa.ForeignKey("projects.id"), primary_key=True),
+    sa.Column("route", sa.Text, primary_key=True),
+    sa.Column("key", sa.Text, primary_key=True),
+    sa.Column("fingerprint", sa.Text, nullable=False),
+    sa.Column("resource_id", sa.Text, nullable=False),
+    sa.Column("created_at", sa.BigInteger, nullable=False),
+    sa.Index("idempotency_by_age", "created_at"),
+)
+
+leases = sa.Table(
+    "leases",
+    metadata,
+    sa.Column("name", sa.Text, primary_key=True),
+    sa.Column("holder", sa.Text, nullable=False),
+    sa.Column("token", sa.BigInteger, nullable=False),
+    sa.Column("expires_ms", sa.BigInteger, nullable=False),
+)
