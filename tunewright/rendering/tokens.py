@@ -129,7 +129,7 @@ class _ByteDecoder:
 class _WindowDecoder:
     """For other vocabularies: text of a short window, with and without the newest tokens.
 
-    The window starts at the last tokens already shown, because a token's spacing depends on its neighbour.
+    The window starts with the last character already shown, because a token's spacing depends on its neighbour.
     """
 
     _LONGEST_CHARACTER = 4
@@ -140,11 +140,13 @@ class _WindowDecoder:
         self._waiting: list[int] = []
 
     def push(self, token_id: int) -> str:
+        if self._tokens.is_special(token_id):
+            return ""
         self._waiting.append(token_id)
         text = self._new_text()
         if text.endswith("\N{REPLACEMENT CHARACTER}") and len(self._waiting) < self._LONGEST_CHARACTER:
             return ""
-        return self._take(text) if text else ""
+        return self._take(text)
 
     def flush(self) -> str:
         return self._take(self._new_text())
@@ -154,7 +156,10 @@ class _WindowDecoder:
         return self._tokens.decode([*self._shown, *self._waiting])[len(before) :]
 
     def _take(self, text: str) -> str:
-        self._shown, self._waiting = [*self._shown, *self._waiting][-4:], []
+        # Whole characters only, or the window would begin inside one. A token without text (a space that the decoder
+        # strips from the beginning) can't stand alone.
+        self._shown = self._waiting if text else [*self._shown, *self._waiting]
+        self._waiting = []
         return text
 
 
