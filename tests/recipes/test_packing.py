@@ -1,0 +1,94 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.recipes.job_folder import ROWS, write_rows
+from tunewright.errors import InvalidRequest
+from tunewright.recipes import packing
+from tunewright.rendering.renderer import renderer_of
+
+
+def read(path: Path, base: Path, max_length: int = 128) -> packing.Rows:
+    return packing.read_rows(
+        path,
+        renderer_of(base),
+        max_length=max_length,
+        max_line_bytes=2**20,
+        between_rows=lambda: None,
+        param="training_file",
+    )
+
+
+def test_rows_are_what_the_renderer_made(tmp_path: Path, base: Path) -> None:
+    rows = read(write_rows(tmp_path / "rows.jsonl", ROWS), base)
+    assert len(rows) == len(ROWS)
+    assert rows.cut.rows == rows.skipped.rows == 0
+    renderer = renderer_of(base)
+    for row, (_, answer) in enumerate(ROWS):
+        span = slice(rows.starts[row], rows.starts[row + 1])
+        labels = rows.tokens[span][rows.trained[span]]
+        assert renderer.decode(labels.tolist()).strip() == answer
+        assert int(labels[-1]) in renderer.stop_ids
+
+
+def test_long_rows_are_cut_and_hopeless_ones_skipped_and_both_named(tmp_path: Path, base: Path) -> None:
+    asked = [("hello", "yes"), ("hello", "one two three " * 40), ("hello " * 90, "no"), ("hello", "yes")]
+    path = write_rows(tmp_path / "rows.jsonl", asked)
+    whole = read(path, base, max_length=1000)
+    rows = read(path, base, max_length=60)
+    assert (len(rows), rows.cut.rows, rows.skipped.rows) == (3, 1, 1)
+    assert rows.cut.lines == [2]
+    assert rows.skipped.lines == [3]
+    assert rows.cut.tokens == whole.length(1) - 60
+    assert np.array_equal(rows.tokens[rows.starts[1] : rows.starts[2]], whole.tokens[whole.starts[1] :][:60])
+
+
+def test_a_file_without_labels_is_an_error(tmp_path: Path, base: Path) -> None:
+    path = write_rows(tmp_path / "rows.jsonl", [("hello " * 90, "no")])
+    with pytest.raises(InvalidRequest) as caught:
+        read(path, base, max_length=20)
+    assert caught.value.code == "nothing_to_train"
+    assert caught.value.param == "training_file"
+
+
+def test_only_ten_lines_are_named() -> None:
+    tally = packing.Tally()
+    for line in range(1, 26):
+        tally.add(line, tokens=2)
+    assert (tally.rows, tally.tokens) == (25, 50)
+    assert tally.lines_text() == "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, …"
+
+
+def test_every_epoch_is_a_permutation_of_its_own() -> None:
+    first = packing.epoch_order(50, seed=3, epoch=0)
+    assert sorted(first) == list(range(50))
+    assert np.array_equal(first, packing.epoch_order(50, seed=3, epoch=0))
+    assert not np.array_equal(first, packing.epoch_order(50, seed=3, epoch=1))
+    assert not np.array_equal(first, packing.epoch_order(50, seed=4, epoch=0))
+
+
+def rows_of_lengths(lengths: list[int]) -> packing.Rows:
+    starts = np.concatenate([[0], np.cumsum(lengths)])
+    tokens = np.arange(starts[-1], dtype=np.int32)
+    trained = ~np.isin(tokens, starts)
+    return packing.Rows(tokens, trained, starts, packing.Tally(), packing.Tally())
+
+
+def test_micro_batches_keep_to_the_budget_and_lose_nothing() -> None:
+    rows = rows_of_lengths([5, 3, 9, 2, 2, 30, 1])
+    groups = list(packing.micro_batches(rows, np.array([6, 5, 4, 3, 2, 1, 0]), token_budget=10))
+    assert [row for group in groups for row in group] == [6, 5, 4, 3, 2, 1, 0]
+    assert [5] in groups  # longer than the budget: alone
+    assert all(sum(map(rows.length, group)) <= 10 for group in groups if group != [5])
+
+
+def test_flattening_keeps_rows_apart() -> None:
+    rows = rows_of_lengths([4, 1, 3])
+    flat = packing.flatten(rows, [2, 0])
+    assert flat.lengths == [3, 4]
+    assert flat.tokens.tolist() == [5, 6, 7, 0, 1, 2, 3]
+    assert flat.positions.tolist() == [0, 1, 2, 0, 1, 2, 3]
+    assert flat.labels.tolist() == [6, 7, 1, 2, 3]
+    assert flat.predicts.tolist() == [0, 1, 3, 4, 5]
+    assert packing.count_labels(rows, np.array([2, 0])) == len(flat.labels)

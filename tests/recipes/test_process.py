@@ -1,0 +1,110 @@
+"""The trainer as the server meets it: a process with a lock, a heartbeat and a journal, ended by signals."""
+
+import signal
+import time
+from pathlib import Path
+
+import msgspec
+
+from tests.recipes.job_folder import (
+    log_text,
+    losses,
+    next_attempt,
+    records,
+    run_trainer,
+    signal_at_step,
+    start_trainer,
+    train_here,
+    write_job,
+)
+from tunewright.jobs.spec import Finished, Stopped, TrainerProcess
+from tunewright.recipes import checkpoints
+
+
+def wait_for(path: Path, limit_s: float = 60) -> None:
+    deadline = time.monotonic() + limit_s
+    while not path.exists() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    assert path.exists()
+
+
+def test_killed_and_stopped_trainers_end_as_if_nothing_had_happened(tmp_path: Path, base: Path) -> None:
+    many = {"n_epochs": 40, "checkpoint_every_s": 0.01}
+    whole = train_here(write_job(tmp_path / "whole", base, **many))
+    spec = write_job(tmp_path / "job", base, **many)
+
+    assert signal_at_step(spec, 7, signal.SIGKILL) == -signal.SIGKILL
+    first = records(spec)
+    spec = next_attempt(spec)
+    assert signal_at_step(spec, 60, signal.SIGTERM) == 0
+    second = records(spec)
+    last = second[-1]
+    assert isinstance(last, Stopped)
+    assert checkpoints.newest_step(tmp_path / "job") == last.step >= 60
+    spec = next_attempt(spec)
+    assert run_trainer(spec) == 0
+    third = records(spec)
+
+    assert isinstance(third[-1], Finished)
+    assert third[-1] == whole[-1]
+    assert losses(first) | losses(second) | losses(third) == losses(whole)
+    for one in (losses(first), losses(second), losses(third)):  # repeated steps included
+        assert one.items() <= losses(whole).items()
+    assert log_text(spec) == ""
+
+
+def test_identity_heartbeat_and_lock(tmp_path: Path, base: Path) -> None:
+    folder = tmp_path / "job"
+    spec = write_job(folder, base, n_epochs=100_000)
+    process = start_trainer(spec)
+    try:
+        wait_for(folder / "trainer.json")
+        told = msgspec.json.decode((folder / "trainer.json").read_bytes(), type=TrainerProcess)
+        stat = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
+        assert told == TrainerProcess(pid=process.pid, start_ticks=int(stat[19]), attempt=1)
+
+        before = (folder / "heartbeat").stat().st_mtime_ns
+        written = [path.name for path in folder.iterdir()]
+        assert run_trainer(spec) == 75  # a second trainer finds the lock taken and touches nothing
+        assert set(written) <= {path.name for path in folder.iterdir()}
+        assert msgspec.json.decode((folder / "trainer.json").read_bytes(), type=TrainerProcess) == told
+        time.sleep(1.2)
+        assert (folder / "heartbeat").stat().st_mtime_ns > before
+    finally:
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
+    assert isinstance(records(spec)[-1], Stopped)
+
+
+def test_a_newer_attempt_silences_the_older_one(tmp_path: Path, base: Path) -> None:
+    folder = tmp_path / "job"
+    spec = write_job(folder, base, n_epochs=100_000)
+    process = start_trainer(spec)
+    wait_for(folder / "checkpoints" / "step-4")
+    (folder / "attempt").write_text("2")
+    assert process.wait(60) == 75
+    journal = (folder / "journal-1.jsonl").read_bytes()
+    assert not isinstance(records(spec)[-1], Finished | Stopped)
+    assert not (folder / "result").exists()
+    assert run_trainer(spec) == 75  # nor does it start again
+    assert (folder / "journal-1.jsonl").read_bytes() == journal
+
+
+def test_stopped_before_the_first_step(tmp_path: Path, base: Path) -> None:
+    folder = tmp_path / "job"
+    spec = write_job(folder, base)
+    process = start_trainer(spec)
+    wait_for(folder / "journal-1.jsonl")
+    time.sleep(0.2)  # long before the libraries are imported
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 0
+    assert records(spec) == [Stopped(step=0)]
+
+
+def test_a_crash_says_nothing_to_the_server_and_all_to_the_log(tmp_path: Path, base: Path) -> None:
+    folder = tmp_path / "job"
+    spec = write_job(folder, base)
+    (folder / "checkpoints").write_text("a file where a folder belongs")
+    assert run_trainer(spec) not in (0, 75)
+    assert not any(isinstance(record, Finished | Stopped) for record in records(spec))
+    assert "NotADirectoryError" in log_text(spec) or "FileExistsError" in log_text(spec)

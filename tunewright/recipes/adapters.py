@@ -1,0 +1,133 @@
+"""LoRA adapters through PEFT: put into a model, read from and written to PEFT's folder format.
+
+A folder holds `adapter_model.safetensors` (keys `base_model.model.{module}.lora_A.weight`) and `adapter_config.json`.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from tunewright.errors import InvalidRequest
+from tunewright.i18n import mark
+
+WEIGHTS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+_NAME = "default"
+_MAX_CONFIG_BYTES = 2**20
+
+
+def linear_names(model: Any) -> list[str]:
+    """The last name parts of all linear layers but the output head ('q_proj', ...), sorted."""
+    head = model.get_output_embeddings()
+    return sorted(
+        {
+            name.rpartition(".")[2]
+            for name, module in model.named_modules()
+            if isinstance(module, torch.nn.Linear) and module is not head
+        }
+    )
+
+
+def add_lora(model: Any, *, rank: int, alpha: int, targets: list[str], seed: int) -> None:
+    """Put a fresh adapter into `model` in place and freeze everything else.
+
+    A is random from `seed`, B is zero. Adapter weights are float32 whatever the model is.
+    """
+    torch.manual_seed(seed)
+    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, bias="none", target_modules=targets)
+    inject_adapter_in_model(config, model, adapter_name=_NAME)
+    for name, parameter in model.named_parameters():
+        is_adapter = ".lora_A." in name or ".lora_B." in name
+        parameter.requires_grad_(is_adapter)
+        if is_adapter:
+            parameter.data = parameter.data.float()
+
+
+def adapter_parameters(model: Any) -> dict[str, torch.nn.Parameter]:
+    """PEFT's key -> the trained parameter, in the order of the model's modules."""
+    return {
+        "base_model.model." + name.replace(f".{_NAME}.weight", ".weight"): parameter
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+
+
+def load_adapter(parameters: dict[str, torch.nn.Parameter], tensors: dict[str, torch.Tensor]) -> None:
+    """Copy `tensors` into the parameters of the same names.
+
+    Raises InvalidRequest(`adapter_mismatch`) unless names and shapes are exactly those of the model.
+    """
+    different = sorted(parameters.keys() ^ tensors.keys())
+    different += [name for name in parameters.keys() & tensors.keys() if parameters[name].shape != tensors[name].shape]
+    if different:
+        raise InvalidRequest(
+            "adapter_mismatch",
+            mark("The adapter does not fit the base model: {name} is missing, unknown or of another shape."),
+            param="model",
+            name=different[0],
+        )
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(tensors[name])
+
+
+def read_adapter(folder: Path, base_code: str) -> tuple[int, int, list[str], dict[str, torch.Tensor]]:
+    """(rank, alpha, targets, tensors) of an adapter folder.
+
+    Raises InvalidRequest: `invalid_artifact` if it can't be read, `base_mismatch` if it belongs to another base.
+    """
+    try:
+        with (folder / CONFIG).open("rb") as stream:
+            config = json.loads(stream.read(_MAX_CONFIG_BYTES))
+        rank, alpha = int(config["r"]), int(config["lora_alpha"])
+        targets = [str(name) for name in config["target_modules"]]
+        base = config["base_model_name_or_path"]
+        tensors = load_file(folder / WEIGHTS)
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        message = mark("The adapter to continue from can't be read.")
+        raise InvalidRequest("invalid_artifact", message, param="model") from error
+    if base != base_code:
+        raise InvalidRequest(
+            "base_mismatch",
+            mark("The adapter to continue from belongs to the base model {found}, not to {expected}."),
+            param="model",
+            found=str(base)[:64],
+            expected=base_code,
+        )
+    return rank, alpha, targets, tensors
+
+
+def write_adapter(
+    folder: Path,
+    parameters: dict[str, torch.nn.Parameter],
+    *,
+    rank: int,
+    alpha: int,
+    targets: list[str],
+    base_code: str,
+) -> None:
+    """Write both files into an existing folder. The same weights give the same bytes."""
+    tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in parameters.items()}
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_code,
+        "r": rank,
+        "lora_alpha": alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "inference_mode": True,
+        "modules_to_save": None,
+        "target_modules": targets,
+        "use_dora": False,
+        "use_rslora": False,
+    }
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", "utf-8")

@@ -1,0 +1,139 @@
+"""A language model over conversations laid end to end: attention per conversation, logits only where labels are.
+
+Both save more than half of the time of padded batches with full logits (see benchmarks/train_speed.py), and neither changes
+the loss: a test compares with transformers' own forward, row by row.
+
+Shapes: T tokens of the micro-batch, N labels, H heads, K key-value heads, D head size, C channels, V vocabulary.
+"""
+
+from typing import Any
+
+import torch
+from torch.nn import functional
+from transformers.modeling_utils import AttentionInterface
+
+from tunewright.errors import InvalidRequest
+from tunewright.i18n import mark
+from tunewright.recipes.packing import Flat
+
+ATTENTION = "tunewright_per_conversation"
+_LABELS_AT_ONCE = 256
+"""Logits are made for so many labels at a time: enough to keep a matrix product busy, 50 MB at a vocabulary of 49,152."""
+
+
+def attend_per_conversation(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    scaling: float | None = None,
+    lengths: list[int] | None = None,
+    sliding_window: int | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """Causal attention inside each of the conversations of `lengths`; one conversation if `lengths` is None.
+
+    Shapes: query (1, H, T, D), key and value (1, K, T, D) -> (1, T, H, D).
+    """
+    lengths = [query.shape[2]] if lengths is None else lengths
+    groups = query.shape[1] // key.shape[1]
+    outputs = []
+    # split() and not slices: the gradient of a slice is a whole tensor of zeros, once per conversation.
+    for q, k, v in zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True):
+        if groups > 1:
+            # enable_gqa leaves the fast CPU kernel in the backward pass (3x slower, measured).
+            k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+        mask = _window_mask(q, sliding_window)
+        out = functional.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scaling)
+        outputs.append(out.transpose(1, 2))
+    return torch.cat(outputs, 1), None
+
+
+def _window_mask(query: torch.Tensor, sliding_window: int | None) -> torch.Tensor | None:
+    length = query.shape[2]
+    if sliding_window is None or length <= sliding_window:
+        return None
+    place = torch.arange(length, device=query.device)
+    distance = place[:, None] - place[None, :]
+    return (distance >= 0) & (distance < sliding_window)
+
+
+AttentionInterface.register(ATTENTION, attend_per_conversation)
+
+
+class _SummedCrossEntropy(torch.autograd.Function):
+    """Sum of -log p(label) and the number of labels that were the likeliest token, for a head that is not trained.
+
+    The gradient is made in the forward pass, so the logits of all labels never exist together.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, head: torch.Tensor, labels: torch.Tensor) -> Any:
+        gradient = torch.empty_like(hidden) if hidden.requires_grad else None
+        loss = torch.zeros((), dtype=torch.float64, device=hidden.device)
+        right = torch.zeros((), dtype=torch.int64, device=hidden.device)
+        for start in range(0, len(labels), _LABELS_AT_ONCE):
+            part = slice(start, start + _LABELS_AT_ONCE)
+            wanted = labels[part, None]
+            logits = (hidden[part] @ head.t()).float()
+            right += (logits.argmax(-1, keepdim=True) == wanted).sum()
+            normaliser = logits.logsumexp(-1, keepdim=True)
+            loss += (normaliser - logits.gather(-1, wanted)).sum(dtype=torch.float64)
+            if gradient is not None:
+                error = logits.sub_(normaliser).exp_()
+                error.scatter_add_(-1, wanted, torch.full_like(wanted, -1, dtype=error.dtype))
+                torch.mm(error.to(head.dtype), head, out=gradient[part])
+        ctx.save_for_backward(gradient)
+        ctx.mark_non_differentiable(right)
+        return loss, right
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        (gradient,) = ctx.saved_tensors
+        return gradient * gradients[0].to(gradient.dtype), None, None
+
+
+def summed_loss(model: Any, flat: Flat, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """(summed cross-entropy, float64; labels that the model would have chosen itself), both scalars on `device`."""
+    hidden_1TC = model.base_model(
+        input_ids=torch.from_numpy(flat.tokens)[None].to(device),
+        position_ids=torch.from_numpy(flat.positions)[None].to(device),
+        use_cache=False,
+        lengths=flat.lengths,
+    ).last_hidden_state
+    hidden_NC = hidden_1TC[0].index_select(0, torch.from_numpy(flat.predicts).to(device))
+    return _SummedCrossEntropy.apply(
+        hidden_NC, model.get_output_embeddings().weight, torch.from_numpy(flat.labels).to(device)
+    )
+
+
+@torch.no_grad()
+def prove_flattening(model: Any, rows: list[Flat], together: Flat, device: torch.device, tolerance: float) -> None:
+    """Compare the flattened loss of a few short rows with transformers' own, row by row.
+
+    An architecture that mixes neighbours (convolutions, states) or scales its logits would train on nonsense without a word.
+    Raises InvalidRequest(`base_model_unsupported`).
+    """
+    flattened, _ = summed_loss(model, together, device)
+    model.set_attn_implementation("sdpa")
+    expected = torch.zeros_like(flattened)
+    for row in rows:
+        logits_1TV = model(input_ids=torch.from_numpy(row.tokens)[None].to(device), use_cache=False).logits
+        chosen = logits_1TV[0, torch.from_numpy(row.predicts).to(device)].float()
+        labels = torch.from_numpy(row.labels).to(device)
+        expected += functional.cross_entropy(chosen, labels, reduction="sum")
+    model.set_attn_implementation(ATTENTION)
+    if not torch.allclose(flattened, expected, rtol=tolerance, atol=tolerance):
+        raise unsupported(model)
+
+
+def unsupported(model: Any) -> InvalidRequest:
+    """The error for a base model whose architecture this loop can't train."""
+    return InvalidRequest(
+        "base_model_unsupported",
+        mark("The architecture {architecture} of the base model can't be trained by this release."),
+        param="model",
+        architecture=type(model).__name__,
+    )

@@ -1,0 +1,482 @@
+"""How a text model is trained: supervised LoRA, read from top to bottom. spec -> data -> model -> loop -> save.
+
+- Loss on assistant tokens only: summed, and divided by the labels of the whole optimizer step however it is cut up.
+- Conversations laid end to end in micro-batches of at most `TOKEN_BUDGET` tokens (packing.py, flattened.py).
+- AdamW (0.9, 0.999, 1e-8), gradients clipped to norm 1; linear warm-up, then a cosine down to a tenth of the peak.
+- Everything random comes from the seed; a resumed training makes the same numbers as one that was never stopped.
+"""
+
+import errno
+import math
+import shutil
+from collections import deque
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from tunewright.clock import mono_s
+from tunewright.errors import InvalidRequest
+from tunewright.files_on_disk import publish_folder, sha256_of
+from tunewright.i18n import mark
+from tunewright.jobs.spec import Checkpoint, Finished, Metrics, Started
+from tunewright.recipes import adapters, checkpoints, flattened, packing
+from tunewright.recipes.attempt import Attempt, StopRequested
+from tunewright.rendering.renderer import renderer_of
+
+TOKEN_BUDGET = 2048
+"""Tokens of one forward pass: beyond it a CPU gains nothing, and memory grows."""
+FINAL_LEARNING_RATE = 0.1
+"""Part of the peak learning rate at which the cosine ends."""
+CLIP_NORM = 1.0
+OPTIMIZER = "optimizer.safetensors"
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+_SPEED_STEPS = 20
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far the training is: all of it lies in a checkpoint. Losses are those of the last step and evaluation."""
+
+    step: int = 0
+    tokens: int = 0
+    elapsed_s: float = 0.0
+    loss: float | None = None
+    accuracy: float | None = None
+    eval_loss: float | None = None
+    eval_accuracy: float | None = None
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Shape of the adapter."""
+
+    rank: int
+    alpha: int
+    targets: list[str]
+
+
+def train(attempt: Attempt) -> Finished:
+    """Train what the attempt's spec asks for; when this returns, `result/` is complete.
+
+    Raises StopRequested (a checkpoint lies there, unless no step was made), Superseded, and InvalidRequest or Misconfigured
+    for what a retry would not mend: `file_integrity`, `base_model_integrity`, `base_model_unsupported`, `nothing_to_train`,
+    `out_of_memory`, `loss_not_finite`, `adapter_mismatch`, `base_mismatch`, `invalid_artifact`.
+    """
+    try:
+        return Training(attempt).run()
+    except (MemoryError, RuntimeError, OSError) as error:
+        if not is_out_of_memory(error):
+            raise
+        wanted = attempt.spec.hyperparameters
+        raise InvalidRequest(
+            "out_of_memory",
+            mark(
+                "Memory was not enough to train with batch_size {batch_size} and rows of up to {max_length} tokens. "
+                "Shorten the longest rows, lower batch_size, or choose a smaller base model."
+            ),
+            param="hyperparameters.batch_size",
+            batch_size=wanted.batch_size,
+            max_length=wanted.max_length,
+        ) from error
+
+
+class Training:
+    """One attempt's data, model and optimizer, made in that order; `run` is the loop."""
+
+    def __init__(self, attempt: Attempt) -> None:
+        self.attempt = attempt
+        self.spec = attempt.spec
+        self.wanted = attempt.spec.hyperparameters
+        torch.set_num_threads(self.spec.threads)
+        attempt.inputs_verified.result()
+        attempt.go_on()
+
+        # data
+        self.renderer = renderer_of(Path(self.spec.base_path))
+        self.rows = self._read(self.spec.training_data, "training_file")
+        self.validation = None
+        if self.spec.validation_data is not None:
+            self.validation = self._read(self.spec.validation_data, "validation_file")
+        self.steps_per_epoch = math.ceil(len(self.rows) / self.wanted.batch_size)
+        self.total_steps = self.steps_per_epoch * self.wanted.n_epochs
+        self.token_budget = TOKEN_BUDGET
+
+        # model
+        kind, self.dtype = choose_numbers(torch.cuda.is_available(), torch.cuda.is_available() and _cuda_has_bf16())
+        self.device = torch.device(kind)
+        self.model = load_model(Path(self.spec.base_path), self.dtype).to(self.device)
+        attempt.go_on()
+        self._prove_flattening()
+        self.lora = self._add_adapter()
+        self.parameters = adapters.adapter_parameters(self.model)
+        self.optimizer = torch.optim.AdamW(
+            self.parameters.values(),
+            lr=self.wanted.learning_rate,
+            betas=(0.9, 0.999),
+            eps=1e-8,
+            weight_decay=self.wanted.weight_decay,
+            fused=True,
+        )
+
+    def run(self) -> Finished:
+        """Start or resume, train, save."""
+        progress = self._resume()
+        self.saved_step = progress.step
+        self._write_started(progress)
+        progress = self._loop(progress)
+        return Finished(
+            trained_tokens=self.rows.n_tokens * self.wanted.n_epochs,
+            final_loss=progress.loss,
+            adapter_sha256=self._publish_result(),
+        )
+
+    # --- data ---
+
+    def _read(self, path: str, param: str) -> packing.Rows:
+        rows = packing.read_rows(
+            Path(path),
+            self.renderer,
+            max_length=self.wanted.max_length,
+            max_line_bytes=self.spec.max_line_bytes,
+            between_rows=self.attempt.go_on,
+            param=param,
+        )
+        if rows.cut.rows:
+            self.attempt.note(
+                "rows_cut",
+                mark(
+                    "{rows} rows of {file} were cut to {max_length} tokens; {tokens} tokens were lost. Lines: {lines}"
+                ),
+                rows=rows.cut.rows,
+                file=Path(path).name,
+                max_length=self.wanted.max_length,
+                tokens=rows.cut.tokens,
+                lines=rows.cut.lines_text(),
+            )
+        if rows.skipped.rows:
+            self.attempt.note(
+                "rows_skipped",
+                mark("{rows} rows of {file} were not used, for they hold no token to train on. Lines: {lines}"),
+                rows=rows.skipped.rows,
+                file=Path(path).name,
+                lines=rows.skipped.lines_text(),
+            )
+        return rows
+
+    # --- model ---
+
+    def _prove_flattening(self) -> None:
+        lengths = np.diff(self.rows.starts)
+        shortest = [int(row) for row in np.argsort(lengths, kind="stable")[:2]]
+        pair = [shortest[0], shortest[-1]]  # a single row is laid beside itself
+        flattened.prove_flattening(
+            self.model,
+            [packing.flatten(self.rows, [row]) for row in pair],
+            packing.flatten(self.rows, pair),
+            self.device,
+            tolerance=1e-3 if self.dtype == torch.float32 else 5e-2,
+        )
+
+    def _add_adapter(self) -> Lora:
+        """A fresh adapter, or the one to continue from with the rank and alpha that it has."""
+        lora = Lora(self.wanted.lora_rank, self.wanted.lora_alpha, adapters.linear_names(self.model))
+        tensors = None
+        if self.spec.start_adapter_path is not None:
+            found = adapters.read_adapter(Path(self.spec.start_adapter_path), self.spec.base_code)
+            lora, tensors = Lora(*found[:3]), found[3]
+            if (lora.rank, lora.alpha) != (self.wanted.lora_rank, self.wanted.lora_alpha):
+                self.attempt.note(
+                    "rank_of_start_model",
+                    mark("The model to continue from has rank {rank} and alpha {alpha}; they stay."),
+                    level="info",
+                    rank=lora.rank,
+                    alpha=lora.alpha,
+                )
+        if not lora.targets:
+            raise flattened.unsupported(self.model)
+        adapters.add_lora(self.model, rank=lora.rank, alpha=lora.alpha, targets=lora.targets, seed=self.spec.seed)
+        if tensors is not None:
+            adapters.load_adapter(adapters.adapter_parameters(self.model), tensors)
+        return lora
+
+    def _write_started(self, progress: Progress) -> None:
+        rows = self.rows
+        self.attempt.write(
+            Started(
+                total_steps=self.total_steps,
+                resumed_step=progress.step,
+                rows={"used": len(rows), "skipped": rows.skipped.rows, "cut": rows.cut.rows},
+                tokens_per_epoch=rows.n_tokens,
+                trained_tokens_per_epoch=rows.n_trained,
+                choices={
+                    "device": self.device.type,
+                    "dtype": str(self.dtype).removeprefix("torch."),
+                    "threads": self.spec.threads,
+                    "trained_parameters": sum(parameter.numel() for parameter in self.parameters.values()),
+                    "lora": asdict(self.lora),
+                    "token_budget": self.token_budget,
+                    "optimizer": "AdamW, betas 0.9 and 0.999",
+                    "schedule": f"warm-up, then cosine to {FINAL_LEARNING_RATE} of the peak",
+                },
+                renderer_hash=self.renderer.hash,
+            )
+        )
+
+    # --- loop ---
+
+    def _loop(self, progress: Progress) -> Progress:
+        began, elapsed_before = mono_s(), progress.elapsed_s
+        saved_at = began
+        marks = deque([(began, progress.tokens)], maxlen=_SPEED_STEPS)
+        order, order_epoch = np.empty(0), -1
+        while progress.step < self.total_steps:
+            epoch, place = divmod(progress.step, self.steps_per_epoch)
+            if epoch != order_epoch:
+                order, order_epoch = packing.epoch_order(len(self.rows), self.spec.seed, epoch), epoch
+            chosen = order[place * self.wanted.batch_size : (place + 1) * self.wanted.batch_size]
+            try:
+                self.attempt.go_on()
+                progress = self._step_within_memory(progress, chosen)
+            except StopRequested:
+                self._save(progress)
+                raise
+            ends_epoch = place + 1 == self.steps_per_epoch
+            if ends_epoch and self.validation is not None:
+                progress = self._evaluate(progress, self.validation)
+            now = mono_s()
+            progress = replace(progress, elapsed_s=elapsed_before + now - began)
+            marks.append((now, progress.tokens))
+            self._write_metrics(progress, evaluated=ends_epoch, marks=marks)
+            if ends_epoch or now - saved_at >= self.spec.checkpoint_every_s:
+                self._save(progress)
+                saved_at = mono_s()
+        return progress
+
+    def _step_within_memory(self, progress: Progress, chosen: np.ndarray) -> Progress:
+        """One optimizer step; if memory runs out for the first time, again with half the micro-batch."""
+        try:
+            return self._step(progress, chosen)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error) or self.token_budget < TOKEN_BUDGET:
+                raise
+        self.token_budget = TOKEN_BUDGET // 2
+        self.attempt.note(
+            "micro_batch_halved",
+            mark("Memory ran out, so the work goes on in pieces of {tokens} tokens. The batch size stays."),
+            tokens=self.token_budget,
+        )
+        return self._step(progress, chosen)
+
+    def _step(self, progress: Progress, chosen: np.ndarray) -> Progress:
+        n_labels = packing.count_labels(self.rows, chosen)
+        learning_rate = self._learning_rate(progress.step)
+        total, right, tokens = 0.0, 0, 0
+        self.optimizer.zero_grad()
+        for group in packing.micro_batches(self.rows, chosen, self.token_budget):
+            self.attempt.go_on()
+            flat = packing.flatten(self.rows, group)
+            loss, hits = flattened.summed_loss(self.model, flat, self.device)
+            (loss / n_labels).backward()
+            total, right, tokens = total + loss.item(), right + int(hits), tokens + len(flat.tokens)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), CLIP_NORM)
+        if not (math.isfinite(total) and math.isfinite(norm.item())):
+            raise self._not_finite(progress.step + 1)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.optimizer.step()
+        return replace(
+            progress,
+            step=progress.step + 1,
+            tokens=progress.tokens + tokens,
+            loss=total / n_labels,
+            accuracy=right / n_labels,
+        )
+
+    def _learning_rate(self, steps_done: int) -> float:
+        return learning_rate(self.wanted.learning_rate, steps_done, self.total_steps, self.wanted.warmup_ratio)
+
+    def _evaluate(self, progress: Progress, rows: packing.Rows) -> Progress:
+        """Mean loss and accuracy over all labels of the validation rows."""
+        total, right = 0.0, 0
+        with torch.no_grad():
+            for group in packing.micro_batches(rows, np.arange(len(rows)), self.token_budget):
+                loss, hits = flattened.summed_loss(self.model, packing.flatten(rows, group), self.device)
+                total, right = total + loss.item(), right + int(hits)
+        mean = total / rows.n_trained
+        return replace(progress, eval_loss=mean if math.isfinite(mean) else None, eval_accuracy=right / rows.n_trained)
+
+    def _write_metrics(self, progress: Progress, *, evaluated: bool, marks: deque[tuple[float, int]]) -> None:
+        (first_s, first_tokens), (last_s, last_tokens) = marks[0], marks[-1]
+        to_do = self.rows.n_tokens * self.wanted.n_epochs - progress.tokens
+        self.attempt.write(
+            Metrics(
+                step=progress.step,
+                total_steps=self.total_steps,
+                epoch=progress.step / self.steps_per_epoch,
+                loss=progress.loss,
+                accuracy=progress.accuracy,
+                learning_rate=self._learning_rate(progress.step - 1),
+                tokens=progress.tokens,
+                elapsed_s=progress.elapsed_s,
+                remaining_s=to_do * (last_s - first_s) / (last_tokens - first_tokens),
+                eval_loss=progress.eval_loss if evaluated else None,
+                eval_accuracy=progress.eval_accuracy if evaluated else None,
+            )
+        )
+
+    # --- save ---
+
+    def _save(self, progress: Progress) -> None:
+        """Publish a checkpoint unless one of this step lies there already. A full disk costs the checkpoint only."""
+        if progress.step == self.saved_step:
+            return
+        self._require_finite(progress.step)
+
+        def write(folder: Path) -> None:
+            self._write_adapter(folder)
+            moments = {
+                f"{moment}.{name}": self.optimizer.state[parameter][moment].cpu()
+                for name, parameter in self.parameters.items()
+                for moment in _MOMENTS
+            }
+            save_file(moments, folder / OPTIMIZER)
+            epoch, place = divmod(progress.step, self.steps_per_epoch)
+            position = {"epoch": epoch, "row": place * self.wanted.batch_size}
+            checkpoints.write_state(folder, {"progress": asdict(progress), "position": position})
+
+        self.attempt.journal.sync()  # the steps that a resumed training will not repeat
+        try:
+            checkpoints.publish(self.spec, progress.step, write, self.attempt.check_fence)
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            self.attempt.note(
+                "checkpoint_not_saved", mark("The disk is full: no checkpoint at step {step}."), step=progress.step
+            )
+            return
+        self.saved_step = progress.step
+        self._write_checkpoint_record(progress)
+
+    def _write_checkpoint_record(self, progress: Progress) -> None:
+        metrics = {
+            "step": progress.step,
+            "train_loss": progress.loss,
+            "train_mean_token_accuracy": progress.accuracy,
+            "full_valid_loss": progress.eval_loss,
+            "full_valid_mean_token_accuracy": progress.eval_accuracy,
+        }
+        path = checkpoints.checkpoint_path(Path(), progress.step)
+        known = {name: value for name, value in metrics.items() if value is not None}
+        self.attempt.write(Checkpoint(step=progress.step, path=str(path), metrics=known))
+
+    def _resume(self) -> Progress:
+        """Load the newest verified checkpoint if there is one."""
+
+        def corrupt(step: int) -> None:
+            self.attempt.note(
+                "checkpoint_corrupt",
+                mark("The checkpoint of step {step} is damaged; it was put aside and the one before it is used."),
+                step=step,
+            )
+
+        folder = checkpoints.newest_verified(self.spec, corrupt)
+        if folder is None:
+            return Progress()
+        adapters.load_adapter(self.parameters, load_file(folder / adapters.WEIGHTS))
+        progress = Progress(**checkpoints.read_state(folder)["progress"])
+        moments = load_file(folder / OPTIMIZER)
+        for name, parameter in self.parameters.items():
+            state = {moment: moments[f"{moment}.{name}"].to(self.device) for moment in _MOMENTS}
+            self.optimizer.state[parameter] = {"step": torch.tensor(float(progress.step), device=self.device), **state}
+        self._write_checkpoint_record(progress)  # its first record may have died with the attempt that saved it
+        return progress
+
+    def _publish_result(self) -> str:
+        """Publish `result/`; returns the sha256 of the adapter's weights."""
+        self._require_finite(self.total_steps)
+        final = self.attempt.folder / "result"
+        prepared = self.attempt.folder / ".prepare-result"
+        shutil.rmtree(prepared, ignore_errors=True)
+        prepared.mkdir()
+        self._write_adapter(prepared)
+        self.attempt.check_fence()
+        if final.exists():  # of an attempt that died before its last record
+            shutil.rmtree(final)
+        publish_folder(prepared, final)
+        return sha256_of(final / adapters.WEIGHTS)
+
+    def _write_adapter(self, folder: Path) -> None:
+        shape = asdict(self.lora)
+        adapters.write_adapter(folder, self.parameters, base_code=self.spec.base_code, **shape)
+
+    def _require_finite(self, step: int) -> None:
+        if not all(bool(parameter.isfinite().all()) for parameter in self.parameters.values()):
+            raise self._not_finite(step)
+
+    def _not_finite(self, step: int) -> InvalidRequest:
+        return InvalidRequest(
+            "loss_not_finite",
+            mark(
+                "The loss was no longer a number at step {step}. Lower learning_rate_multiplier (it was {multiplier})."
+            ),
+            param="hyperparameters.learning_rate_multiplier",
+            step=step,
+            multiplier=self.wanted.learning_rate_multiplier,
+        )
+
+
+def choose_numbers(cuda: bool, cuda_bf16: bool) -> tuple[str, torch.dtype]:
+    """(device, dtype of the base). bf16 doubles the speed of GPUs that have it and halves that of most CPUs."""
+    if cuda:
+        return "cuda", torch.bfloat16 if cuda_bf16 else torch.float32
+    return "cpu", torch.float32
+
+
+def _cuda_has_bf16() -> bool:
+    return torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def load_model(folder: Path, dtype: torch.dtype) -> Any:
+    """The base model, dropout off, from local safetensors and transformers' own code only.
+
+    Raises InvalidRequest(`base_model_unsupported`).
+    """
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            folder,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            dtype=dtype,
+            attn_implementation=flattened.ATTENTION,
+        )
+    except (ValueError, KeyError) as error:
+        message = mark("The base model in this folder is of an architecture that can't be trained by this release.")
+        raise InvalidRequest("base_model_unsupported", message, param="model") from error
+    return model.eval()
+
+
+def learning_rate(peak: float, steps_done: int, total_steps: int, warmup_ratio: float) -> float:
+    """Rate of the step that follows `steps_done`: up in a line over the warm-up, then a cosine to a tenth of the peak."""
+    warmup = math.ceil(total_steps * warmup_ratio)
+    if steps_done < warmup:
+        return peak * (steps_done + 1) / warmup
+    way = (steps_done - warmup) / max(1, total_steps - warmup - 1)
+    return peak * (FINAL_LEARNING_RATE + (1 - FINAL_LEARNING_RATE) * (1 + math.cos(math.pi * min(1.0, way))) / 2)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the error, of host or GPU, means that memory ran out."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    text = str(error)
+    return "DefaultCPUAllocator" in text or "out of memory" in text or "std::bad_alloc" in text
