@@ -11,7 +11,7 @@ help:           ## Show this list
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -e .
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[demo]'
 	touch $@
 
 $(VENV)/.dev: pyproject.toml $(VENV)/.installed
@@ -23,7 +23,7 @@ install: $(VENV)/.installed   ## Create .venv and install the product
 dev: $(VENV)/.dev             ## The same with what tests and checks need
 
 demo: $(VENV)/.installed      ## Run the main job end to end and leave the server running
-	$(BIN)/tunewright demo
+	$(BIN)/python examples/demo.py
 
 test: $(VENV)/.dev            ## All tests but the soaks
 	$(BIN)/python -m pytest

@@ -1,0 +1,137 @@
+"""kill -9 of the server and of the trainer at random points of a real job."""
+
+import json
+import os
+import random
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.live_server import LiveServer, chat_rows
+
+KILLS = 10
+HYPERPARAMETERS = {"n_epochs": 50, "batch_size": 1}
+SEED = 11
+
+
+@pytest.fixture
+def server(tmp_path: Path, tiny_base: Path) -> Iterator[LiveServer]:
+    server = LiveServer(tmp_path / "home", TUNEWRIGHT_CHECKPOINT_EVERY_S="0.2")
+    server.run("models", "add", str(tiny_base), "--code", "tiny")
+    server.start()
+    yield server
+    server.stop()
+
+
+def run_job(server: LiveServer) -> str:
+    return server.create_job(server.upload(chat_rows()), seed=SEED, hyperparameters=HYPERPARAMETERS)
+
+
+def losses(server: LiveServer, job_id: str) -> list[tuple[int, float]]:
+    """(step, loss) of every metrics event, oldest first."""
+    with server.api() as api:
+        found: list[dict[str, Any]] = []
+        after = ""
+        while True:
+            page = api.get(
+                f"/fine_tuning/jobs/{job_id}/events", params={"limit": 100, "after": after} if after else {"limit": 100}
+            ).json()
+            found += page["data"]
+            if not page["has_more"]:
+                break
+            after = page["data"][-1]["id"]
+    return [(e["data"]["step"], e["data"]["train_loss"]) for e in reversed(found) if e["type"] == "metrics"]
+
+
+def adapter_hash(server: LiveServer) -> list[bytes]:
+    return [path.read_bytes() for path in sorted(server.home.glob("adapters/*/adapter_model.safetensors"))]
+
+
+def newest_step(work: Path) -> int:
+    """The step that the newest journal has reached, read the way a user would look: from the file."""
+    journals = sorted(work.glob("journal-*.jsonl"), key=lambda path: int(path.stem.split("-")[1]))
+    for journal in reversed(journals):
+        for line in reversed(journal.read_bytes().split(b"\n")[:-1]):
+            record = json.loads(line)
+            if record["type"] == "metrics":
+                return record["step"]
+    return 0
+
+
+def test_ten_kills_change_nothing(server: LiveServer, tmp_path: Path, tiny_base: Path) -> None:
+    calm = LiveServer(tmp_path / "calm", TUNEWRIGHT_CHECKPOINT_EVERY_S="0.2")
+    calm.run("models", "add", str(tiny_base), "--code", "tiny")
+    calm.start()
+    try:
+        calm_job = calm.wait(run_job(calm))
+        calm_losses = losses(calm, calm_job["id"])
+        calm_adapter = adapter_hash(calm)
+    finally:
+        calm.stop()
+    total = len(calm_losses)
+
+    seed = int.from_bytes(os.urandom(4), "big")
+    print(f"seed {seed}")
+    chance = random.Random(seed)
+    points = sorted(chance.sample(range(5, total - 20), KILLS))
+    victims = [chance.choice(("server", "trainer")) for _ in points]
+    job_id = run_job(server)
+    work = server.home / "jobs" / job_id
+    killed = 0
+    for point, victim in zip(points, victims, strict=True):
+        deadline = time.monotonic() + 60
+        while newest_step(work) < point:
+            if time.monotonic() > deadline:
+                pytest.fail(f"stuck before step {point}: {server.log.read_text()[-2000:]}")
+            time.sleep(0.005)
+        if victim == "server":
+            server.kill()
+            server.start()
+        else:
+            os.kill(json.loads((work / "trainer.json").read_bytes())["pid"], signal.SIGKILL)
+        killed += 1
+    job = server.wait(job_id)
+    assert job["status"] == "succeeded", job
+    assert killed == KILLS
+    with server.api() as api:
+        assert [each["id"] for each in api.get("/fine_tuning/jobs").json()["data"]] == [job_id]
+    assert losses(server, job_id) == calm_losses, "a step is missing, doubled, or has another loss"
+    assert adapter_hash(server) == calm_adapter
+    assert job["trained_tokens"] == calm_job["trained_tokens"]
+
+
+def test_cancel_leaves_no_process_behind(server: LiveServer) -> None:
+    job_id = run_job(server)
+    work = server.home / "jobs" / job_id
+    deadline = time.monotonic() + 60
+    while newest_step(work) < 3 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    pid = json.loads((work / "trainer.json").read_bytes())["pid"]
+    with server.api() as api:
+        started = time.monotonic()
+        api.post(f"/fine_tuning/jobs/{job_id}/cancel").raise_for_status()
+        assert time.monotonic() - started < 5
+    assert server.wait(job_id, 30)["status"] == "cancelled"
+    assert not Path(f"/proc/{pid}").exists()
+    with server.api() as api:
+        names = [model["id"] for model in api.get("/models").json()["data"]]
+    assert all(not name.startswith("tiny:") for name in names)
+
+
+def test_sigterm_of_the_server_checkpoints_and_a_new_one_goes_on(server: LiveServer) -> None:
+    job_id = run_job(server)
+    work = server.home / "jobs" / job_id
+    deadline = time.monotonic() + 60
+    while newest_step(work) < 10 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    pid = json.loads((work / "trainer.json").read_bytes())["pid"]
+    assert server.stop() == 0
+    assert not Path(f"/proc/{pid}").exists(), "on_shutdown=checkpoint ends the trainer"
+    server.start()
+    assert server.wait(job_id)["status"] == "succeeded"
+    steps = [step for step, _ in losses(server, job_id)]
+    assert steps == list(range(1, len(steps) + 1))

@@ -1,0 +1,39 @@
+"""Fixtures that several folders share."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.live_server import LiveServer, chat_rows
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random Llama in Hugging Face layout; read only."""
+    from tests.tiny_models import tiny_llama
+
+    return tiny_llama(tmp_path_factory.mktemp("base") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def live_server(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Iterator[LiveServer]:
+    """One server for all tests that only call it."""
+    server = LiveServer(tmp_path_factory.mktemp("live") / "home")
+    server.run("models", "add", str(tiny_base), "--code", "tiny")
+    for alias in ("glm-4-9b", "glm-4v", "m"):
+        server.run("models", "alias", alias, "tiny")
+    server.start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="session")
+def tuned_model(live_server: LiveServer) -> str:
+    """The name of a model that a real job made on the live server."""
+    file_id = live_server.upload(chat_rows())
+    job_id = live_server.create_job(file_id, suffix="shared", hyperparameters={"n_epochs": 2, "batch_size": 4})
+    job = live_server.wait(job_id)
+    if job["status"] != "succeeded":
+        raise RuntimeError(f"{job}\n{live_server.log.read_text()[-3000:]}")
+    return job["fine_tuned_model"]

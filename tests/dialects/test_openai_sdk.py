@@ -1,0 +1,217 @@
+"""The unmodified `openai` package against a real server."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import openai
+import pytest
+from openai import OpenAI
+
+from tests.live_server import LiveServer, chat_rows
+
+
+@pytest.fixture(scope="module")
+def client(live_server: LiveServer) -> Iterator[OpenAI]:
+    with OpenAI(api_key=live_server.key, base_url=f"{live_server.address}/v1") as client:
+        yield client
+
+
+def rows_file(n: int = 8) -> tuple[str, bytes]:
+    import json
+
+    return "rows.jsonl", "".join(json.dumps(row) + "\n" for row in chat_rows(n)).encode()
+
+
+def test_files_go_through_their_whole_life(client: OpenAI) -> None:
+    made = client.files.create(file=rows_file(), purpose="fine-tune")
+    assert made.status == "processed"
+    assert client.files.retrieve(made.id).filename == "rows.jsonl"
+    assert client.files.content(made.id).read() == rows_file()[1]
+    assert made.id in [file.id for file in client.files.list(purpose="fine-tune", limit=2)]
+    assert client.files.delete(made.id).deleted is True
+    with pytest.raises(openai.NotFoundError) as missing:
+        client.files.retrieve(made.id)
+    assert missing.value.code == "file_not_found"
+
+
+def test_wait_for_processing_ends(client: OpenAI) -> None:
+    made = client.files.create(file=rows_file(), purpose="fine-tune")
+    assert client.files.wait_for_processing(made.id).status == "processed"
+
+
+def test_lists_page_to_their_end(client: OpenAI) -> None:
+    made = {client.files.create(file=rows_file(3), purpose="fine-tune").id for _ in range(5)}
+    listed = [file.id for file in client.files.list(limit=2)]
+    assert made <= set(listed)
+    assert len(listed) == len(set(listed))
+
+
+def test_a_job_runs_and_its_model_answers(client: OpenAI, live_server: LiveServer) -> None:
+    file = client.files.create(file=rows_file(), purpose="fine-tune")
+    job = client.fine_tuning.jobs.create(
+        model="tiny",
+        training_file=file.id,
+        suffix="sdk",
+        seed=7,
+        metadata={"team": "blue"},
+        method={"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 2, "batch_size": "auto"}}},
+    )
+    assert job.fine_tuned_model is None
+    assert job.status in ("validating_files", "queued", "running")
+    live_server.wait(job.id)
+    job = client.fine_tuning.jobs.retrieve(job.id)
+    assert job.status == "succeeded"
+    assert job.trained_tokens is not None and job.trained_tokens > 0
+    assert isinstance(job.hyperparameters.batch_size, int)
+    assert job.fine_tuned_model is not None and job.fine_tuned_model.split(":")[2] == "sdk"
+    assert job.id in [other.id for other in client.fine_tuning.jobs.list(limit=1, metadata={"team": "blue"})]
+
+    events = list(client.fine_tuning.jobs.list_events(job.id, limit=3))
+    steps = [event.data["step"] for event in events if event.type == "metrics"]  # type: ignore[index]
+    assert steps == sorted(steps, reverse=True) and steps[-1] == 1
+    checkpoints = list(client.fine_tuning.jobs.checkpoints.list(job.id))
+    assert checkpoints and checkpoints[0].fine_tuned_model_checkpoint.startswith(job.fine_tuned_model)
+    results = client.files.content(job.result_files[0]).text
+    assert results.startswith("step,train_loss,train_accuracy")
+
+    card = client.models.retrieve(job.fine_tuned_model)
+    assert card.id == job.fine_tuned_model
+    assert {"tiny", job.fine_tuned_model} <= {model.id for model in client.models.list()}
+    answer = client.chat.completions.create(
+        model=job.fine_tuned_model, messages=[{"role": "user", "content": "What is number 1?"}], temperature=0
+    )
+    assert answer.usage is not None and answer.usage.completion_tokens > 0
+
+    assert client.models.delete(job.fine_tuned_model).deleted is True
+    with pytest.raises(openai.NotFoundError) as gone:
+        client.chat.completions.create(model=job.fine_tuned_model, messages=[{"role": "user", "content": "hi"}])
+    assert gone.value.code == "model_not_found"
+
+
+def test_cancel_is_final_and_can_be_repeated(client: OpenAI, live_server: LiveServer) -> None:
+    file = client.files.create(file=rows_file(), purpose="fine-tune")
+    job = client.fine_tuning.jobs.create(
+        model="tiny", training_file=file.id, hyperparameters={"n_epochs": 50, "batch_size": 1}
+    )
+    client.fine_tuning.jobs.cancel(job.id)
+    assert live_server.wait(job.id)["status"] == "cancelled"
+    assert client.fine_tuning.jobs.cancel(job.id).status == "cancelled"
+
+
+def test_streams_carry_usage_only_when_asked(client: OpenAI) -> None:
+    question: list[Any] = [{"role": "user", "content": "Hello"}]
+    chunks = list(
+        client.chat.completions.create(
+            model="tiny",
+            messages=question,
+            stream=True,
+            max_tokens=8,
+            stream_options={"include_usage": True},
+        )
+    )
+    assert chunks[-1].choices == [] and chunks[-1].usage is not None
+    assert chunks[-1].usage.total_tokens == chunks[-1].usage.prompt_tokens + chunks[-1].usage.completion_tokens
+    assert chunks[-2].choices[0].finish_reason in ("stop", "length")
+    plain = list(client.chat.completions.create(model="tiny", messages=question, stream=True, max_tokens=8))
+    assert all(chunk.choices for chunk in plain)
+
+
+def test_a_stream_and_a_whole_answer_agree(client: OpenAI) -> None:
+    question: list[Any] = [{"role": "user", "content": "Hello there"}]
+    whole = client.chat.completions.create(model="tiny", messages=question, max_tokens=12, seed=3, temperature=1)
+    parts = client.chat.completions.create(
+        model="tiny",
+        messages=question,
+        max_tokens=12,
+        seed=3,
+        temperature=1,
+        stream=True,
+    )
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in parts) == whole.choices[0].message.content
+
+
+def test_the_stream_helper_accepts_our_chunks(client: OpenAI) -> None:
+    with client.chat.completions.stream(
+        model="tiny", messages=[{"role": "user", "content": "Hello"}], max_tokens=4
+    ) as stream:
+        kinds = {event.type for event in stream}
+    assert "chunk" in kinds
+
+
+def test_max_tokens_and_stop_end_an_answer(client: OpenAI) -> None:
+    question: list[Any] = [{"role": "user", "content": "Hello"}]
+    short = client.chat.completions.create(model="tiny", messages=question, max_tokens=3, temperature=0)
+    assert short.choices[0].finish_reason == "length"
+    assert short.usage is not None and short.usage.completion_tokens == 3
+    long = client.chat.completions.create(model="tiny", messages=question, max_tokens=20, temperature=0)
+    text = long.choices[0].message.content or ""
+    if len(text) > 4:
+        stop = text[2:4]
+        cut = client.chat.completions.create(
+            model="tiny",
+            messages=question,
+            max_tokens=20,
+            temperature=0,
+            stop=[stop],
+        )
+        assert cut.choices[0].message.content == text[: text.index(stop)]
+        assert cut.choices[0].finish_reason == "stop"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        ({"model": "nowhere"}, openai.NotFoundError),
+        ({"temperature": 2.5}, openai.BadRequestError),
+        ({"max_tokens": 0}, openai.BadRequestError),
+        ({"n": 0}, openai.BadRequestError),
+        ({"messages": []}, openai.BadRequestError),
+        ({"messages": [{"role": "boss", "content": "hi"}]}, openai.BadRequestError),
+        ({"messages": [{"role": "user", "content": "word " * 9000}]}, openai.BadRequestError),
+    ],
+)
+def test_wrong_requests_raise_the_sdks_classes(
+    client: OpenAI, arguments: dict[str, object], error: type[openai.APIStatusError]
+) -> None:
+    request = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], **arguments}
+    with pytest.raises(error) as caught:
+        client.chat.completions.create(**request)  # type: ignore[call-overload]
+    assert caught.value.code and caught.value.message
+
+
+def test_a_wrong_key_is_an_authentication_error(live_server: LiveServer) -> None:
+    with (
+        OpenAI(api_key="0" * 32 + ".x", base_url=f"{live_server.address}/v1") as stranger,
+        pytest.raises(openai.AuthenticationError) as caught,
+    ):
+        stranger.models.list()
+    assert caught.value.code == "invalid_api_key"
+
+
+def test_strict_clients_accept_every_object(live_server: LiveServer, tuned_model: str) -> None:
+    with OpenAI(
+        api_key=live_server.key, base_url=f"{live_server.address}/v1", _strict_response_validation=True
+    ) as strict:
+        assert strict.models.retrieve(tuned_model).id == tuned_model
+        job = next(iter(strict.fine_tuning.jobs.list()))
+        strict.fine_tuning.jobs.retrieve(job.id)
+        list(strict.fine_tuning.jobs.list_events(job.id))
+        list(strict.fine_tuning.jobs.checkpoints.list(job.id))
+        list(strict.files.list(purpose="fine-tune"))
+        strict.chat.completions.create(model=tuned_model, messages=[{"role": "user", "content": "hi"}], max_tokens=4)
+
+
+def test_a_retry_of_a_lost_reply_makes_no_second_job(live_server: LiveServer) -> None:
+    file_id = live_server.upload(chat_rows())
+    body = {"model": "tiny", "training_file": file_id, "suffix": "once"}
+    with live_server.api() as api:
+        first = api.post("/fine_tuning/jobs", json=body, headers={"x-stainless-retry-count": "0"}).json()
+        again = api.post("/fine_tuning/jobs", json=body, headers={"x-stainless-retry-count": "1"}).json()
+        keyed = api.post("/fine_tuning/jobs", json=body, headers={"Idempotency-Key": "k1"}).json()
+        keyed_again = api.post("/fine_tuning/jobs", json=body, headers={"Idempotency-Key": "k1"}).json()
+        other = api.post("/fine_tuning/jobs", json={**body, "suffix": "two"}, headers={"Idempotency-Key": "k1"})
+        for job in (first, keyed):
+            api.post(f"/fine_tuning/jobs/{job['id']}/cancel")
+    assert again["id"] == first["id"]
+    assert keyed["id"] != first["id"] and keyed_again["id"] == keyed["id"]
+    assert other.status_code == 422 and other.json()["error"]["code"] == "idempotency_key_reused"

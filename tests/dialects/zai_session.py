@@ -1,0 +1,49 @@
+"""Run by test_zai_sdk.py in an environment of its own (zai-sdk and zhipuai exclude each other)."""
+
+import io
+import json
+import sys
+
+from zai import ZhipuAiClient
+from zai.core import APIStatusError
+
+
+def main(address: str, key: str, model: str) -> None:
+    """Print one JSON object of what was seen."""
+    client = ZhipuAiClient(api_key=key, base_url=f"{address}/api/paas/v4")
+    row = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]}
+    data = io.BytesIO((json.dumps(row) + "\n").encode())
+    data.name = "rows.jsonl"
+    seen: dict[str, object] = {}
+    made = client.files.create(file=data, purpose="fine-tune")
+    seen["file_status"] = made.status
+    seen["listed"] = made.id in [file.id for file in client.files.list().data]
+    seen["content"] = client.files.content(made.id).content == data.getvalue()
+    job = client.post("/fine_tuning/jobs", body={"model": "tiny", "training_file": made.id}, cast_type=object)
+    seen["job"] = job["object"]
+    seen["cancelled"] = client.post(f"/fine_tuning/jobs/{job['id']}/cancel", cast_type=object)["id"] == job["id"]
+    answer = client.chat.completions.create(model=model, messages=[{"role": "user", "content": "你好"}], max_tokens=6)
+    seen["tokens"] = answer.usage.completion_tokens
+    again = client.chat.completions.create(
+        model=model,
+        messages=[{"role": "user", "content": "hi"}, answer.choices[0].message, {"role": "user", "content": "and?"}],
+        max_tokens=4,
+    )
+    seen["again"] = again.choices[0].finish_reason
+    chunks = list(
+        client.chat.completions.create(
+            model=model, messages=[{"role": "user", "content": "你好"}], stream=True, max_tokens=6
+        )
+    )
+    seen["finish"] = chunks[-1].choices[0].finish_reason
+    seen["usage"] = chunks[-1].usage.total_tokens > 0
+    try:
+        client.chat.completions.create(model="nowhere", messages=[{"role": "user", "content": "hi"}])
+    except APIStatusError as error:
+        seen["error"] = error.response.json()["error"]["code"]
+    seen["deleted"] = client.files.delete(made.id).deleted if made.id else None
+    print(json.dumps(seen))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

