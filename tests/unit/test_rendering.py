@@ -244,6 +244,7 @@ def test_templates_that_cannot_keep_the_promise_are_refused(tmp_path: Path, temp
     with pytest.raises(Misconfigured) as caught:
         Renderer(styled_folder(tmp_path, "chatml", template=template))
     assert caught.value.code == "template_unsupported"
+    assert caught.value.text("zh") != caught.value.text()
 
 
 def test_missing_files_are_named(tmp_path: Path) -> None:
@@ -293,3 +294,46 @@ def test_canaries_are_three_different_prompts(renderers: dict[str, Renderer]) ->
         prompts = canaries(renderer)
         assert len({tuple(p) for p in prompts}) == 3
         assert all(0 < len(p) < 150 and max(p) < renderer.vocabulary_size for p in prompts)
+
+
+def test_a_long_history_is_rendered_a_fixed_number_of_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Serving must not cost the square of the history: only examples look at each answer's own prompt."""
+    renderer = Renderer(styled_folder(tmp_path, "chatml"))
+    rendered: list[int] = []
+    true_render = renderer._template.render
+    monkeypatch.setattr(renderer._template, "render", lambda *a, **k: rendered.append(1) or true_render(*a, **k))
+    renderer.prompt(chat(*["hi"] * 101))
+    assert len(rendered) == 2
+
+
+def test_a_prompt_may_open_the_reasoning(tmp_path: Path) -> None:
+    template = CHATML.replace("assistant\n'", "assistant\n<think>\n'").replace(
+        "message['role'] + '\n' +",
+        "message['role'] + '\n' + ('<think>\n' + (message.reasoning_content or '') + '\n</think>\n\n' "
+        "if message.role == 'assistant' else '') +",
+    )
+    renderer = Renderer(styled_folder(tmp_path, "chatml", template=template + "{# needs reasoning #}"))
+    assert renderer.opens_reasoning
+    answer = Message(role="assistant", content="4", reasoning_content="2+2")
+    conversation = Conversation(messages=(Message(role="user", content="?"), answer))
+    assert trained_runs(renderer, conversation) == ["2+2\n</think>\n\n4<|im_end|>"]
+
+
+def test_named_templates_and_the_tools_hugging_face_offers(tmp_path: Path) -> None:
+    plain = "{% generation %}{{ strftime_now('%Y') }}{% endgeneration %}" + CHATML
+    named = [{"name": "default", "template": plain}, {"name": "tool_use", "template": TEMPLATES["native"]}]
+    renderer = Renderer(styled_folder(tmp_path, "chatml"))
+    assert not renderer.native_tools
+    edit_json(tmp_path / "tokenizer_config.json", chat_template=named)
+    renderer = Renderer(tmp_path)
+    assert renderer.native_tools
+    assert raw_text(renderer, renderer.prompt(chat("hi"))).startswith("20")
+    assert "# Tools\n<tools>" in raw_text(renderer, renderer.prompt(chat("hi", tools=(TOOL,))))
+
+
+def test_all_private_use_characters_in_a_text_are_kept(renderers: dict[str, Renderer]) -> None:
+    text = "".join(map(chr, range(0xE000, 0xF900)))
+    assert renderers["chatml"].decode(renderers["chatml"].prompt(chat(text))).count(text) == 1
+    text += "".join(map(chr, [*range(0xF0000, 0xFFFFE), *range(0x100000, 0x10FFFE)]))
+    with pytest.raises(InvalidRequest):
+        renderers["chatml"].prompt(chat(text))

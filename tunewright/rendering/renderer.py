@@ -39,12 +39,14 @@ class Example(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class _Rendering(msgspec.Struct, frozen=True, kw_only=True):
-    """A conversation as marked text. `cuts[n]` is where the n-th answer's prompt ends, None if it has no such place."""
+    """A conversation as marked text, with what it was rendered from."""
 
     text: str
     segments: list[Segment]
     marks: Marks
-    cuts: list[int | None]
+    marked: list[dict[str, Any]]
+    tools: Any
+    moment: int
 
 
 class Renderer:
@@ -66,9 +68,10 @@ class Renderer:
         """One more than the largest token id."""
         eos = self._tokens.id_of(files.tokens.get("eos_token", ""))
         self._eos = eos if eos is not None else next(iter(files.eos_ids), None)
+        self._opening = self._opening_of(_PROBE[:1])
         self.stop_ids: frozenset[int] = self._stop_ids(files)
         """Any of them ends an answer and is not shown."""
-        self.opens_reasoning: bool = self._opens_reasoning()
+        self.opens_reasoning: bool = self._opening.rstrip().endswith("<think>")
         """Whether the generation prompt itself starts the reasoning: give it to `AnswerParser`."""
         self.hash: str = _hash(files, self.stop_ids)
         """Hex sha256 of everything that can change a rendering."""
@@ -99,7 +102,8 @@ class Renderer:
             if not segment.plain:
                 stops += [(segment.start, len(tokens) + n) for n, i in enumerate(ids) if i in self.stop_ids]
             tokens += ids
-        return self._labelled(turns, rendering, tokens, starts, stops)
+        cuts = _cuts(template, turns, rendering)
+        return self._labelled(turns, rendering, cuts, tokens, starts, stops)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ids without special tokens."""
@@ -119,7 +123,7 @@ class Renderer:
     def _rendering(
         self, template: ChatTemplate, turns: list[Turn], tools: Sequence[Any], *, generate: bool
     ) -> _Rendering:
-        """Render with marks and find the end of each answer's prompt.
+        """Render with marks and split at them.
 
         The marked text without its marks must be the template's true text, else the template changes its texts in a way
         that the marks don't survive.
@@ -131,15 +135,15 @@ class Renderer:
         marked_tools = marks.guard(tools, self._control, answer=False)
         text = template.render(marked, marked_tools, generate=generate, now_s=moment)
         if marks.removed(text) != template.render(messages, tools, generate=generate, now_s=moment):
-            raise template_unsupported("it changes the texts of messages")
-        cuts = []
-        for index, turn in enumerate(turns):
-            if turn.answer:
-                cuts.append(_cut(template, marked[:index], marked_tools, text, moment))
-        segments = marks.segments(text, [cut for cut in cuts if cut is not None])
+            raise template_unsupported(
+                mark("The chat template of this base can't be used: it changes the texts of messages.")
+            )
+        segments = marks.segments(text, self._opening)
         if segments is None:
-            raise template_unsupported("it takes the texts of messages apart")
-        return _Rendering(text=text, segments=segments, marks=marks, cuts=cuts)
+            raise template_unsupported(
+                mark("The chat template of this base can't be used: it takes the texts of messages apart.")
+            )
+        return _Rendering(text=text, segments=segments, marks=marks, marked=marked, tools=marked_tools, moment=moment)
 
     def _marked(self, turn: Turn, marks: Marks) -> dict[str, Any]:
         marked: dict[str, Any] = {}
@@ -159,12 +163,16 @@ class Renderer:
         self,
         turns: list[Turn],
         rendering: _Rendering,
+        cuts: list[int | None],
         tokens: list[int],
         starts: list[int],
         stops: list[tuple[int, int]],
     ) -> Example:
-        """Label the answers. `starts` are the segments' first tokens, `stops` the stop tokens that the template wrote,
-        each with the place of its segment."""
+        """Label the answers, whose prompts end at `cuts`.
+
+        `starts` are the segments' first tokens, `stops` the stop tokens that the template wrote, each with the place of
+        its segment.
+        """
 
         def token_at(place: int) -> int:
             segment = bisect_left(rendering.segments, place, key=lambda segment: segment.start)
@@ -174,14 +182,14 @@ class Renderer:
         answers = [turn for turn in turns if turn.answer]
         trained = [False] * len(tokens)
         skipped = []
-        for n, (turn, cut) in enumerate(zip(answers, rendering.cuts, strict=True)):
+        for n, (turn, cut) in enumerate(zip(answers, cuts, strict=True)):
             if not turn.trained:
                 continue
             if cut is None:
                 skipped.append(turn.source or 0)
                 continue
             first = token_at(cut)
-            end = _end_of_answer(rendering, cut, rendering.cuts[n + 1 :])
+            end = _end_of_answer(rendering, cut, cuts[n + 1 :])
             stop = next((token for place, token in stops if token >= first and place < end), None)
             if stop is not None:
                 last = stop + 1
@@ -202,8 +210,12 @@ class Renderer:
         """
         ids = {i for i in (*files.eos_ids, self._eos) if i is not None}
         rendering = self._rendering(self._template, _PROBE, (), generate=False)
-        if None in rendering.cuts:
-            raise template_unsupported("its generation prompt is not the beginning of an answer")
+        if None in _cuts(self._template, _PROBE, rendering):
+            raise template_unsupported(
+                mark(
+                    "The chat template of this base can't be used: its generation prompt is not the beginning of an answer."
+                )
+            )
         end = rendering.text.rfind(rendering.marks.answer[1]) + 1
         after = [i for s in rendering.segments if s.start >= end for i in self._ids(s)]
         following = next((i for i in after if self._tokens.decode([i]).strip() or self._tokens.is_special(i)), None)
@@ -213,9 +225,14 @@ class Renderer:
             raise Misconfigured("no_stop_token", mark("No file of this base says which token ends an answer."))
         return frozenset(ids)
 
-    def _opens_reasoning(self) -> bool:
-        text = self._template.render([_PROBE[0].message], (), generate=True, now_s=now_s())
-        return text.rstrip().endswith("<think>")
+    def _opening_of(self, turns: list[Turn]) -> str:
+        """What the template writes before every answer: the generation prompt, or without one what follows the question."""
+        marks = Marks([self._template.text])
+        marked = [self._marked(turn, marks) for turn in turns]
+        prompt = self._template.render(marked, (), generate=True, now_s=now_s())
+        asked = self._template.render(marked, (), generate=False, now_s=now_s())
+        opening = prompt[len(asked) :] if prompt.startswith(asked) else ""
+        return opening if opening.strip() else prompt[prompt.rfind(marks.other[1]) + 1 :]
 
 
 def renderer_of(folder: Path) -> Renderer:
@@ -253,16 +270,20 @@ def _stamp(path: Path) -> tuple[int, int]:
     return (found.st_mtime_ns, found.st_size)
 
 
-def _cut(
-    template: ChatTemplate, before: Sequence[dict[str, Any]], tools: Sequence[Any], text: str, moment: int
-) -> int | None:
-    """Where the prompt of the answer after `before` ends in the whole conversation's `text`; None if it isn't its start."""
+def _cuts(template: ChatTemplate, turns: list[Turn], rendering: _Rendering) -> list[int | None]:
+    """Where each answer's prompt ends in the rendering; None for an answer whose prompt is not exactly its beginning."""
+    return [_cut(template, index, rendering) for index, turn in enumerate(turns) if turn.answer]
+
+
+def _cut(template: ChatTemplate, index: int, rendering: _Rendering) -> int | None:
     try:
-        prompt = template.render(before, tools, generate=True, now_s=moment)
+        prompt = template.render(rendering.marked[:index], rendering.tools, generate=True, now_s=rendering.moment)
     except TunewrightError:
         # Templates may fail on an empty conversation; what the whole conversation does was checked before.
         return None
-    return len(prompt) if text.startswith(prompt) else None
+    place = len(prompt)
+    exact = rendering.text.startswith(prompt) and rendering.marks.is_border(rendering.text, place, rendering.segments)
+    return place if exact else None
 
 
 def _end_of_answer(rendering: _Rendering, cut: int, later: Sequence[int | None]) -> int:

@@ -5,6 +5,7 @@ the marks then split the result. So a user's text can't turn into a control toke
 """
 
 import re
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import Any
@@ -66,11 +67,16 @@ class Marks:
         """`text` without marks."""
         return self._all.sub("", text)
 
-    def segments(self, text: str, cuts: Sequence[int]) -> list[Segment] | None:
-        """The marked `text` in runs, split at marks and at `cuts` (ascending). None when marks don't pair up."""
+    def segments(self, text: str, opening: str) -> list[Segment] | None:
+        """The marked `text` in runs, split at marks and after every `opening` (what a template writes before an answer).
+
+        Looks at nothing but what lies before, so the runs of a beginning of `text` that ends with an opening are a
+        beginning of its runs. None when the marks don't pair up.
+        """
         found: list[Segment] = []
-        expected: str | None = None
+        opened: set[int] = set()
         closing = {self.answer[0]: self.answer[1], self.other[0]: self.other[1]}
+        expected: str | None = None
         start = 0
         for part in self._all.split(text):
             if self._all.fullmatch(part):
@@ -78,19 +84,32 @@ class Marks:
                     return None
                 expected = closing.get(part)
             else:
-                edges = [start, *(c for c in cuts if start < c < start + len(part)), start + len(part)]
                 plain = expected is not None
+                after = [start + end for end in _ends(part, opening)] if not plain else []
+                opened.update(after)
+                edges = [start, *after, start + len(part)]
                 found += [Segment(a, text[a:b], plain) for a, b in pairwise(edges) if b > a]
             start += len(part)
-        return _with_leads(found, set(cuts)) if expected is None else None
+        return _with_leads(found, opened) if expected is None else None
+
+    def is_border(self, text: str, place: int, segments: Sequence[Segment]) -> bool:
+        """Whether `segments` of the marked `text` divide it at `place`."""
+        if place >= len(text) or self._all.fullmatch(text[place]):
+            return True
+        nearest = bisect_left(segments, place, key=lambda segment: segment.start)
+        return nearest < len(segments) and segments[nearest].start == place
 
 
-def _with_leads(segments: list[Segment], cuts: set[int]) -> list[Segment]:
+def _ends(text: str, opening: str) -> list[int]:
+    return [found.end() for found in re.finditer(re.escape(opening), text)] if opening else []
+
+
+def _with_leads(segments: list[Segment], opened: set[int]) -> list[Segment]:
     """Join white space at the beginning of an answer to its text: the model writes both in one go, so they are encoded so."""
     joined: list[Segment] = []
     for segment in segments:
         before = joined[-1] if joined else None
-        if segment.plain and before and before.start in cuts and before.text.isspace():
+        if segment.plain and before and before.start in opened and before.text.isspace():
             joined[-1] = Segment(before.start, before.text + segment.text, True)
         else:
             joined.append(segment)

@@ -96,7 +96,9 @@ class ChatTemplate:
             self._compiled = environment.from_string(text)
             self._names = jinja2.meta.find_undeclared_variables(environment.parse(text))
         except jinja2.TemplateError as error:
-            raise template_unsupported("it does not compile") from error
+            raise template_unsupported(
+                mark("The chat template of this base can't be used: it does not compile.")
+            ) from error
 
     @property
     def takes_tools(self) -> bool:
@@ -132,7 +134,9 @@ class ChatTemplate:
                 reason=quote(error.message or ""),
             ) from error
         except _FAILURES as error:
-            raise template_unsupported("it fails on a conversation") from error
+            raise template_unsupported(
+                mark("The chat template of this base can't be used: it fails on a conversation.")
+            ) from error
 
 
 def now_s() -> int:
@@ -140,8 +144,6 @@ def now_s() -> int:
     return wall_s()
 
 
-def template_unsupported(reason: str) -> Misconfigured:
+def template_unsupported(message: str) -> Misconfigured:
     """The error for a chat template that this renderer can't keep its promises with."""
-    return Misconfigured(
-        "template_unsupported", mark("The chat template of this base can't be used: {reason}."), reason=reason
-    )
+    return Misconfigured("template_unsupported", message)

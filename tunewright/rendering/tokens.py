@@ -42,7 +42,7 @@ class Tokens:
             self._first = _tokenizer(description)
             inner = description | {"normalizer": _no_prefix(description.get("normalizer"))}
             inner["pre_tokenizer"] = _no_prefix(description.get("pre_tokenizer"))
-            self._control = _tokenizer(inner)
+            self._control = _tokenizer(inner) if inner != description else self._first
             kept = [token for text, token in added.items() if text not in self.control]
             self._plain = _tokenizer(inner | {"added_tokens": kept})
         # The library raises bare Exception for a file that it can't read.
@@ -86,7 +86,9 @@ class Tokens:
         ids = [i for character in text for i in _ids(self._plain, character)]
         if self._control_ids.isdisjoint(ids):
             return ids
-        raise template_unsupported("its vocabulary makes control tokens of plain text")
+        raise template_unsupported(
+            mark("The chat template of this base can't be used: its vocabulary makes control tokens of plain text.")
+        )
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text without special tokens."""
