@@ -25,6 +25,15 @@ class Runner(Protocol):
         """Start time of a live process in clock ticks since boot, None if there is none."""
         ...
 
+    def find(self, module: str, work_folder: Path) -> list[int]:
+        """What `start(module, work_folder, ...)` returned, for all processes that still live: found without any memory of
+        the start, so also those of an earlier server."""
+        ...
+
+    def died_of_memory(self, pid: int) -> bool:
+        """Whether a process that is gone was most likely killed by the kernel for want of memory."""
+        ...
+
     def terminate(self, pid: int) -> None:
         """SIGTERM to the process group; no error if it is gone."""
         ...

@@ -14,12 +14,13 @@ FAILED = "failed"
 CANCELLED = "cancelled"
 
 TERMINAL = frozenset({SUCCEEDED, FAILED, CANCELLED})
+# A queued or paused job that had a trainer is cancelled by way of `cancelling`: that trainer may not be gone yet.
 MOVES: dict[str, frozenset[str]] = {
     VALIDATING: frozenset({QUEUED, FAILED, CANCELLED}),
-    QUEUED: frozenset({RUNNING, CANCELLED, FAILED, PAUSED}),
+    QUEUED: frozenset({RUNNING, CANCELLING, CANCELLED, FAILED, PAUSED}),
     RUNNING: frozenset({SUCCEEDED, FAILED, CANCELLING, QUEUED, PAUSED}),
     CANCELLING: frozenset({CANCELLED, SUCCEEDED}),
-    PAUSED: frozenset({QUEUED, CANCELLED}),
+    PAUSED: frozenset({QUEUED, CANCELLING, CANCELLED}),
     SUCCEEDED: frozenset(),
     FAILED: frozenset(),
     CANCELLED: frozenset(),

@@ -122,6 +122,7 @@ class Finished(msgspec.Struct, frozen=True, kw_only=True, tag="finished"):
     trained_tokens: int
     final_loss: float | None
     adapter_sha256: str
+    """Of `result/adapter_model.safetensors`."""
 
 
 class Failed(msgspec.Struct, frozen=True, kw_only=True, tag="failed"):

@@ -1,0 +1,115 @@
+"""The lines of a job's history: built here, stored by whoever made the thing happen. Pure but for ids and the clock."""
+
+import math
+from typing import Any
+
+from tunewright.clock import wall_s
+from tunewright.i18n import mark
+from tunewright.ids import new_id
+from tunewright.jobs.records import Job, JobCheckpoint, JobEvent
+from tunewright.jobs.spec import Checkpoint, Metrics
+
+_LEVELS = {"warn": "warn", "warning": "warn", "error": "error"}
+RESULT_COLUMNS = ("step", "train_loss", "train_accuracy", "valid_loss", "valid_mean_token_accuracy")
+
+
+def message(job: Job, code: str, text: str, /, *, level: str = "info", **values: Any) -> JobEvent:
+    """A sentence for people. `text` is a marked English template; `level` is info, warn or error."""
+    return JobEvent(
+        id=new_id("ftevent"),
+        job_id=job.id,
+        project_id=job.project_id,
+        type="message",
+        level=_LEVELS.get(level, "info"),
+        code=code,
+        message=text,
+        values={name: finite(value) for name, value in values.items()},
+        created_at=wall_s(),
+    )
+
+
+def metrics(job: Job, record: Metrics) -> JobEvent:
+    """One optimizer step, under the names that either dialect's clients read."""
+    loss = finite(record.loss)
+    text = mark("Step {step}/{total_steps}: loss={loss}")
+    if loss is None:
+        text = mark("Step {step}/{total_steps}")
+    return JobEvent(
+        id=new_id("ftevent"),
+        job_id=job.id,
+        project_id=job.project_id,
+        type="metrics",
+        code="metrics",
+        message=text,
+        values={
+            "step": record.step,
+            "total_steps": record.total_steps,
+            "loss": None if loss is None else f"{loss:.4f}",
+        },
+        data=_metrics_data(record),
+        step=record.step,
+        created_at=wall_s(),
+    )
+
+
+def checkpoint(job: Job, record: Checkpoint) -> JobCheckpoint:
+    """A checkpoint as users see it. Numbers that JSON lacks become null."""
+    return JobCheckpoint(
+        id=new_id("ftckpt"),
+        job_id=job.id,
+        project_id=job.project_id,
+        step=record.step,
+        metrics={name: finite(value) for name, value in record.metrics.items()},
+        path=record.path,
+        created_at=wall_s(),
+    )
+
+
+def result_table(events: list[JobEvent]) -> bytes:
+    """The metrics of a run as CSV, a row for each step in order; empty cells where nothing was measured."""
+    lines = [",".join(RESULT_COLUMNS)]
+    steps = {event.step: event.data or {} for event in events if event.type == "metrics"}
+    for step in sorted(step for step in steps if step is not None):
+        cells = (steps[step].get(name) for name in ("step", "train_loss", "acc", "valid_loss", "eval_acc"))
+        lines.append(",".join("" if cell is None else repr(cell) for cell in cells))
+    return ("\n".join(lines) + "\n").encode()
+
+
+def finite(value: Any) -> Any:
+    """`value`, or None for the floats that JSON can't say (NaN, infinities)."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def clock_text(seconds: float | None) -> str | None:
+    """`h:mm:ss`, None for None."""
+    if seconds is None or not math.isfinite(seconds):
+        return None
+    whole = max(0, round(seconds))
+    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
+
+
+def _metrics_data(record: Metrics) -> dict[str, Any]:
+    loss, accuracy = finite(record.loss), finite(record.accuracy)
+    data: dict[str, Any] = {
+        "epoch": finite(record.epoch),
+        "current_steps": record.step,
+        "total_steps": record.total_steps,
+        "elapsed_time": clock_text(record.elapsed_s),
+        "remaining_time": clock_text(record.remaining_s),
+        "trained_tokens": record.tokens,
+        "loss": loss,
+        "acc": accuracy,
+        "learning_rate": finite(record.learning_rate),
+        "step": record.step,
+        "train_loss": loss,
+        "train_mean_token_accuracy": accuracy,
+    }
+    if record.eval_loss is not None or record.eval_accuracy is not None:
+        eval_loss, eval_accuracy = finite(record.eval_loss), finite(record.eval_accuracy)
+        data |= {
+            "eval_loss": eval_loss,
+            "eval_acc": eval_accuracy,
+            "valid_loss": eval_loss,
+            "valid_mean_token_accuracy": eval_accuracy,
+        }
+    return data

@@ -1,0 +1,41 @@
+"""One active control loop: the lease in the database, held by renewing it."""
+
+from typing import TYPE_CHECKING
+
+from tunewright.clock import mono_s, wall_ms
+from tunewright.ids import random_text
+
+if TYPE_CHECKING:
+    from tunewright.storage import Storage
+
+TTL_S = 5.0
+_RENEW_S = 1.0
+
+
+class Lease:
+    """Renewed at most once a second. Its expiry in the database is wall time, which machines share; whether *this* holder
+    still trusts it is judged by the monotonic clock."""
+
+    def __init__(self, storage: "Storage", name: str, ttl_s: float = TTL_S) -> None:
+        self._storage = storage
+        self._name = name
+        self._ttl_s = ttl_s
+        self._holder = random_text(20)
+        self._renewed_s: float | None = None
+
+    def held(self) -> bool:
+        """Take or renew if it is time to. Raises Unavailable if the database can't say."""
+        now_s = mono_s()
+        if self._renewed_s is not None and now_s - self._renewed_s < min(_RENEW_S, self._ttl_s / 3):
+            return True
+        with self._storage.write() as tx:
+            token = tx.leases.take(self._name, self._holder, now_ms=wall_ms(), ttl_ms=round(self._ttl_s * 1000))
+        self._renewed_s = None if token is None else now_s
+        return token is not None
+
+    def release(self) -> None:
+        """Let the next one have it at once."""
+        if self._renewed_s is not None:
+            self._renewed_s = None
+            with self._storage.write() as tx:
+                tx.leases.release(self._name, self._holder)

@@ -1,0 +1,369 @@
+"""What the control loop does with one job in each state: one method for each state, one transaction for each move."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import msgspec
+import structlog
+
+from tunewright.clock import mono_s, wall_s
+from tunewright.errors import Misconfigured, StorageFull, TunewrightError, Unavailable
+from tunewright.i18n import mark
+from tunewright.jobs import events, progress
+from tunewright.jobs.errand import Errand
+from tunewright.jobs.journal_reader import Terminal, read_batch
+from tunewright.jobs.ports import Prover
+from tunewright.jobs.preparation import Preparation
+from tunewright.jobs.publication import Proven, Publication
+from tunewright.jobs.records import (
+    CANCELLED,
+    CANCELLING,
+    FAILED,
+    MOVES,
+    PAUSED,
+    QUEUED,
+    RUNNING,
+    VALIDATING,
+    Job,
+    JobError,
+    JobEvent,
+)
+from tunewright.jobs.spec import Failed, Finished, Hyperparameters
+from tunewright.jobs.trainers import Trainers
+from tunewright.settings import Settings
+
+if TYPE_CHECKING:
+    from tunewright.storage import Storage
+
+log = structlog.get_logger()
+T = TypeVar("T")
+
+_LINGER_S = 5.0
+"""How long a trainer may take to leave after its last record."""
+_PAUSE_PATIENCE_S = 60.0
+"""A pause is not urgent: a long step may end and be saved."""
+_MOST_PROOF_TRIES = 5
+_MOST_BUG_TRIES = 8
+_LONGEST_RESTART_DELAY_S = 10.0
+
+
+class Moves:
+    """Remembers only what may be forgotten: slow calls under way, attempts known to have ended, delays."""
+
+    def __init__(
+        self,
+        storage: "Storage",
+        settings: Settings,
+        trainers: Trainers,
+        preparation: Preparation,
+        publication: Publication,
+        prover: Prover,
+        wake: Callable[[], None],
+    ) -> None:
+        self._storage = storage
+        self._settings = settings
+        self._trainers = trainers
+        self._preparation = preparation
+        self._publication = publication
+        self._prover = prover
+        self._wake = wake
+        self._occupied = 0
+        self._settled: dict[str, int] = {}
+        """Job id -> the attempt of which no process is left and whose whole journal is stored."""
+        self._errands: dict[str, tuple[str, int, Errand[Any]]] = {}
+        self._warmed: set[str] = set()
+        self._proof_tries: dict[str, int] = {}
+        self._not_before_s: dict[str, float] = {}
+        self._states: dict[str, Callable[[Job], bool]] = {
+            VALIDATING: self._validating,
+            QUEUED: self._queued,
+            RUNNING: self._running,
+            CANCELLING: self._cancelling,
+            PAUSED: self._paused,
+        }
+
+    def begin_pass(self, jobs: list[Job]) -> None:
+        """Count the trainers that take a place, and forget jobs that have ended."""
+        self._occupied = sum(job.status in (RUNNING, CANCELLING) or self._unsettled(job) for job in jobs)
+        ids = {job.id for job in jobs}
+        for memory in (self._settled, self._errands, self._proof_tries, self._not_before_s):
+            for job_id in set(memory) - ids:
+                del memory[job_id]
+        self._warmed &= ids
+        self._trainers.forget_others(ids)
+
+    def move(self, job: Job) -> bool:
+        """At most one step for `job`; whether there is reason to look again soon. Anything raised may be tried again."""
+        return self._states[job.status](job)
+
+    def park(self, job: Job) -> bool:
+        """The server is about to end: bring the trainer to its end too. True once nothing is left to do for `job`."""
+        if job.status == CANCELLING:
+            return not self._cancelling(job)
+        if job.status == PAUSED:
+            return not self._paused(job)
+        if job.status != RUNNING:
+            return True
+        ended = self._trainers.end(job, self._settings.cancel_grace_s)
+        followed = self._follow(job)
+        if followed is None or not ended:
+            return False
+        job, terminal = followed
+        if isinstance(terminal, Finished | Failed):
+            return True  # the next server reads the record again and acts on it
+        text = mark("The server is shutting down; the job goes on when it is back")
+        return self._requeue(job, events.message(job, "parked", text))
+
+    def give_up(self, job: Job, tries: int, error: Exception) -> None:
+        """Fail a job whose move has a bug, after enough tries. A full disk or a busy database is waited for instead."""
+        if tries < _MOST_BUG_TRIES or isinstance(error, OSError | TunewrightError) or FAILED not in MOVES[job.status]:
+            return
+        self._trainers.kill(job)
+        text = mark("An internal error stopped this job. The server's log has the details.")
+        self._fail(job, "internal_error", text, None, {})
+
+    # --- validating -------------------------------------------------------------------------------------------------
+
+    def _validating(self, job: Job) -> bool:
+        errand = self._errand(job, "prepare", lambda: self._preparation.prepare(job))
+        if errand is None:
+            return True
+        try:
+            rows, hyperparameters = errand.result()
+        except TunewrightError as error:
+            self._fail_unless_temporary(job, error)
+            return True
+        with self._storage.write() as tx:
+            changed = tx.jobs.change(job, status=QUEUED, hyperparameters=_as_dict(hyperparameters))
+            if changed is not None:
+                text = mark("The files are in place: {rows} rows. The job is queued")
+                tx.jobs.add_events([events.message(changed, "queued", text, rows=rows)])
+        self._wake()
+        return True
+
+    # --- queued -----------------------------------------------------------------------------------------------------
+
+    def _queued(self, job: Job) -> bool:
+        if self._unsettled(job):  # paused and resumed before its trainer was gone, or a new server
+            followed = self._settle(job, self._settings.cancel_grace_s)
+            if followed is None:
+                return True
+            if isinstance(followed[1], Finished | Failed):  # it had come to its end after all
+                with self._storage.write() as tx:
+                    tx.jobs.change(job, status=RUNNING)
+                return True
+            self._occupied -= 1
+        due = mono_s() >= self._not_before_s.get(job.id, 0.0)
+        if due and self._occupied < self._settings.max_running_jobs:
+            self._start(job)
+        return True
+
+    def _start(self, job: Job) -> None:
+        try:
+            spec = self._preparation.spec(msgspec.structs.replace(job, attempt=job.attempt + 1))
+        except TunewrightError as error:
+            self._fail_unless_temporary(job, error)
+            return
+        with self._storage.write() as tx:
+            started = tx.jobs.change(
+                job,
+                status=RUNNING,
+                attempt=job.attempt + 1,
+                journal_offset=0,
+                running_at=job.running_at or wall_s(),
+            )
+        if started is None:
+            return
+        self._occupied += 1
+        try:
+            self._trainers.launch(started, spec)
+        except OSError:
+            self._requeue(started, None)
+            raise
+        log.info("trainer_started", job=job.id, attempt=started.attempt)
+        self._warm(started)
+
+    # --- running ----------------------------------------------------------------------------------------------------
+
+    def _running(self, job: Job) -> bool:
+        self._warm(job)
+        alive = self._trainers.alive(job)  # before reading: what a dead trainer wrote is all there
+        followed = self._follow(job)
+        if followed is None:
+            return True
+        job, terminal = followed
+        if terminal is None:
+            if not alive:
+                self._died(job)
+            elif self._trainers.silent(job) and self._trainers.kill(job):
+                self._say_silent(job)
+        elif self._trainers.end(job, _LINGER_S, ask=False):
+            if isinstance(terminal, Finished):
+                self._finish(job, terminal)
+            elif isinstance(terminal, Failed):
+                self._fail(job, terminal.code, terminal.message, terminal.param, terminal.values)
+            else:
+                text = mark("The trainer was stopped at step {step}; the job is queued again")
+                self._requeue(job, events.message(job, "stopped", text, step=terminal.step))
+        return True
+
+    def _died(self, job: Job) -> None:
+        """No last record, no process: start again from the last checkpoint, unless that has failed too often."""
+        if not self._trainers.end(job, 0.0):
+            return
+        seen = self._trainers.known(job)  # else the earlier server died before it could start one
+        failures = job.failures + (1 if seen else 0)
+        out_of_memory, evidence = self._trainers.evidence(job)
+        log.warning("trainer_died", job=job.id, attempt=job.attempt, failures=failures, evidence=evidence)
+        if failures >= self._settings.max_attempts:
+            code, text = (
+                "crashed",
+                mark("The trainer ended unexpectedly {failures} times in a row, last after step {step}."),
+            )
+            if out_of_memory:
+                code = "out_of_memory"
+                text = mark(
+                    "The trainer ran out of memory {failures} times in a row, last after step {step}. "
+                    "Try a smaller batch_size, max_length or lora_rank."
+                )
+            self._fail(job, code, text, None, {"failures": failures, "step": job.step, "log": evidence})
+            return
+        delay_s = min(_LONGEST_RESTART_DELAY_S, 0.1 * 2**failures) if seen else 0.0
+        self._not_before_s[job.id] = mono_s() + delay_s
+        with self._storage.read() as tx:
+            step = progress.last_checkpoint_step(tx, job)
+        text = mark("The trainer ended unexpectedly at step {step}; going on from step {checkpoint}")
+        event = events.message(job, "trainer_died", text, level="warn", step=job.step, checkpoint=step)
+        self._requeue(job, event, failures=failures)
+
+    def _finish(self, job: Job, finished: Finished) -> None:
+        errand = self._errand(job, "prove", lambda: self._publication.prove(job, self._preparation.base(job), finished))
+        if errand is None:
+            return
+        try:
+            proven: Proven = errand.result()
+            changed = self._publication.commit(job, finished, proven)
+        except Unavailable as error:
+            self._proof_tries[job.id] = self._proof_tries.get(job.id, 0) + 1
+            if self._proof_tries[job.id] < _MOST_PROOF_TRIES:
+                raise
+            self._fail(job, error.code, error.message, error.param, error.values)
+            return
+        except TunewrightError as error:
+            self._fail_unless_temporary(job, error)
+            return
+        if changed is not None:
+            log.info("job_succeeded", job=job.id, model=job.tuned_model_name)
+
+    # --- cancelling, paused -----------------------------------------------------------------------------------------
+
+    def _cancelling(self, job: Job) -> bool:
+        followed = self._settle(job, self._settings.cancel_grace_s)
+        if followed is None:
+            return True
+        job, _ = followed  # also after `finished`: who cancelled in time gets no model
+        with self._storage.write() as tx:
+            changed = tx.jobs.change(
+                job,
+                status=CANCELLED,
+                finished_at=wall_s(),
+                estimated_finish=None,
+                trained_tokens=progress.tokens_so_far(tx, job),
+            )
+            if changed is not None:
+                tx.jobs.add_events([events.message(changed, "cancelled", mark("The job was cancelled"))])
+        if changed is not None:
+            self._publication.withdraw(job)
+        return False
+
+    def _paused(self, job: Job) -> bool:
+        return self._unsettled(job) and self._settle(job, _PAUSE_PATIENCE_S) is None
+
+    # --- shared -----------------------------------------------------------------------------------------------------
+
+    def _unsettled(self, job: Job) -> bool:
+        """Whether a job without a trainer of its own right may still have one that is ending."""
+        return job.status in (QUEUED, PAUSED) and job.attempt > 0 and self._settled.get(job.id) != job.attempt
+
+    def _settle(self, job: Job, grace_s: float) -> tuple[Job, Terminal | None] | None:
+        """Bring the attempt to its end: no process left, its whole journal stored. None until that is so."""
+        ended = job.attempt == 0 or self._trainers.end(job, grace_s)
+        followed = self._follow(job)
+        if followed is None or not ended:
+            return None
+        self._settled[job.id] = job.attempt
+        return followed
+
+    def _follow(self, job: Job) -> tuple[Job, Terminal | None] | None:
+        """Store all that the journal has, and return the record that ended the attempt if it is there. None if the job
+        was changed by somebody else meanwhile: the next pass sees the change."""
+        while True:
+            batch = read_batch(self._trainers.journal(job), job.journal_offset)
+            if batch.offset > job.journal_offset:
+                with self._storage.write() as tx:
+                    changed = progress.store(tx, job, batch)
+                if changed is None:
+                    return None
+                job = changed
+            if batch.terminal is not None or not batch.more:
+                return job, batch.terminal
+
+    def _requeue(self, job: Job, event: JobEvent | None, **changes: object) -> bool:
+        """Back into the queue: `job` has no process any more and its journal is stored. False if it was changed."""
+        with self._storage.write() as tx:
+            changed = tx.jobs.change(job, status=QUEUED, estimated_finish=None, **changes)
+            if changed is None:
+                return False
+            if event is not None:
+                tx.jobs.add_events([event])
+        self._settled[job.id] = job.attempt
+        return True
+
+    def _fail(self, job: Job, code: str, message: str, param: str | None, values: dict[str, Any]) -> None:
+        shown = {name: value if isinstance(value, str | int | float) else str(value) for name, value in values.items()}
+        error = JobError(code=code, message=message, param=param, values=shown)
+        event = events.message(job, "failed", message, level="error")
+        with self._storage.write() as tx:
+            changed = tx.jobs.change(job, status=FAILED, finished_at=wall_s(), estimated_finish=None, error=error)
+            if changed is not None:
+                tx.jobs.add_events([msgspec.structs.replace(event, code=code, values=shown)])
+        if changed is not None:
+            log.warning("job_failed", job=job.id, code=code)
+            self._publication.withdraw(job)
+
+    def _fail_unless_temporary(self, job: Job, error: TunewrightError) -> None:
+        """Raises `error` again if waiting may help."""
+        if error.retryable or isinstance(error, StorageFull | Misconfigured):
+            raise error
+        self._fail(job, error.code, error.message, error.param, error.values)
+
+    def _say_silent(self, job: Job) -> None:
+        text = mark("The trainer gave no sign of life for {seconds} s and was ended")
+        seconds = self._settings.heartbeat_limit_s
+        with self._storage.write() as tx:
+            tx.jobs.add_events([events.message(job, "trainer_silent", text, level="warn", seconds=round(seconds))])
+
+    def _warm(self, job: Job) -> None:
+        """Once for each job and server. Nothing depends on it but the time to the first answer."""
+        if job.id in self._warmed:
+            return
+        self._warmed.add(job.id)
+        try:
+            self._prover.warm(self._preparation.base(job))
+        except Exception:
+            log.exception("warming_failed", job=job.id)
+
+    def _errand(self, job: Job, kind: str, call: Callable[[], T]) -> Errand[T] | None:
+        """Start `call` beside the loop unless that is done already; the errand itself once it is over, then forgotten."""
+        known = self._errands.get(job.id)
+        if known is None or known[:2] != (kind, job.attempt):
+            self._errands[job.id] = (kind, job.attempt, Errand(call, self._wake))
+            return None
+        if not known[2].over:
+            return None
+        del self._errands[job.id]
+        return known[2]
+
+
+def _as_dict(hyperparameters: Hyperparameters) -> dict[str, Any]:
+    return msgspec.to_builtins(hyperparameters)

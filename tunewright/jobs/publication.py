@@ -1,0 +1,157 @@
+"""From a trainer's `finished` record to a model that callers can use. Every step can be repeated after a kill."""
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from tunewright.clock import wall_s
+from tunewright.datasets.records import File
+from tunewright.errors import Conflict, InvalidRequest
+from tunewright.files_on_disk import publish_folder, sha256_of, write_atomically
+from tunewright.i18n import mark
+from tunewright.ids import new_id
+from tunewright.jobs import events
+from tunewright.jobs.journal_reader import first_record
+from tunewright.jobs.ports import Prover
+from tunewright.jobs.progress import all_events
+from tunewright.jobs.records import SUCCEEDED, Job
+from tunewright.jobs.spec import Finished
+from tunewright.models.records import Base, TunedModel
+from tunewright.settings import HomeFolder
+
+if TYPE_CHECKING:
+    from tunewright.models.service import ModelService
+    from tunewright.storage import Blobs, Storage
+
+RESULT_PURPOSE = "fine-tune-results"
+_ADAPTER = "adapter_model.safetensors"
+
+
+@dataclass(frozen=True)
+class Proven:
+    """An adapter in its place, with what the engine measured."""
+
+    model: TunedModel
+    proof: dict[str, Any]
+
+
+class Publication:
+    def __init__(
+        self, storage: "Storage", blobs: "Blobs", models: "ModelService", home: HomeFolder, prover: Prover
+    ) -> None:
+        self._storage = storage
+        self._blobs = blobs
+        self._models = models
+        self._home = home
+        self._prover = prover
+
+    def prove(self, job: Job, base: Base, finished: Finished) -> Proven:
+        """Move the adapter to its place and have its effect measured. Slow: an engine may have to start.
+
+        Raises InvalidRequest(`adapter_invalid`, `no_effect`), Unavailable if the engine can't be asked now.
+        """
+        work = self._home.jobs / job.id
+        folder = self._home.adapters / job.tuned_model_id
+        if not folder.is_dir() and (work / "result").is_dir():
+            self._home.adapters.mkdir(mode=0o700, exist_ok=True)
+            publish_folder(work / "result", folder)
+        started = first_record(work / f"journal-{job.attempt}.jsonl")
+        weights = folder / _ADAPTER
+        if started is None or not weights.is_file() or sha256_of(weights) != finished.adapter_sha256:
+            raise InvalidRequest(
+                "adapter_invalid",
+                mark("The trained adapter is not what the trainer said it wrote. Create the job again."),
+            )
+        with self._storage.read() as tx:
+            reserved = tx.models.get(job.project_id, job.tuned_model_id)
+        if reserved is None or reserved.status == "deleted":
+            raise Conflict("model_deleted", mark("The model was deleted before its training ended."))
+        model = msgspec.structs.replace(
+            reserved,
+            adapter_path=folder.name,
+            adapter_sha256=finished.adapter_sha256,
+            renderer_hash=started.renderer_hash,
+            checkpoint_step=job.step,
+        )
+        return Proven(model, self._prover.prove(base, model))
+
+    def commit(self, job: Job, finished: Finished, proven: Proven) -> Job | None:
+        """One transaction: the model is ready, the metrics are a file, the job has succeeded. None if the job was
+        cancelled first. Raises Conflict if the model can't be published any more."""
+        file = self._store_results(job)
+        model = proven.model
+        with self._storage.write() as tx:
+            changed = tx.jobs.change(
+                job,
+                status=SUCCEEDED,
+                finished_at=wall_s(),
+                estimated_finish=None,
+                trained_tokens=finished.trained_tokens,
+                result_files=(file.id,),
+            )
+            if changed is None:
+                return None
+            self._models.publish(
+                tx,
+                model,
+                adapter_path=model.adapter_path or "",
+                adapter_sha256=model.adapter_sha256 or "",
+                renderer_hash=model.renderer_hash or "",
+                checkpoint_step=model.checkpoint_step,
+                proof=proven.proof,
+            )
+            tx.files.insert(file)
+            ready = mark("The model {model} is ready: {applied} of {tensors} adapter tensors applied")
+            done = mark("The job has successfully completed")
+            tx.jobs.add_events(
+                [
+                    events.message(
+                        changed,
+                        "model_ready",
+                        ready,
+                        model=job.tuned_model_name,
+                        applied=proven.proof.get("tensors_applied"),
+                        tensors=proven.proof.get("tensors"),
+                    ),
+                    events.message(changed, "succeeded", done),
+                ]
+            )
+        return changed
+
+    def withdraw(self, job: Job) -> None:
+        """Remove the adapter of a job that ended without a model. Only after the job's end is committed."""
+        shutil.rmtree(self._home.adapters / job.tuned_model_id, ignore_errors=True)
+
+    def _store_results(self, job: Job) -> File:
+        """The metrics as a stored blob and the row that will name it. The id is kept in the work folder, so that a second
+        try overwrites the blob of the first."""
+        work = self._home.jobs / job.id
+        with self._storage.read() as tx:
+            table = events.result_table(all_events(tx, job))
+        path = work / "results.csv"
+        write_atomically(path, table)
+        sha256 = sha256_of(path)
+        file_id = _kept_id(work / "results.id")
+        self._blobs.put_file(f"files/{job.project_id}/{file_id}", path)
+        return File(
+            id=file_id,
+            project_id=job.project_id,
+            filename=f"{job.id}-metrics.csv",
+            purpose=RESULT_PURPOSE,
+            size_bytes=len(table),
+            sha256=sha256,
+            created_at=wall_s(),
+        )
+
+
+def _kept_id(path: Path) -> str:
+    try:
+        return path.read_text("ascii")
+    except FileNotFoundError:
+        file_id = new_id("file")
+        write_atomically(path, os.fsencode(file_id))
+        return file_id

@@ -1,0 +1,314 @@
+"""What callers may do with jobs: decide, store, answer. The control loop (`controller.py`) does the work."""
+
+import shutil
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NoReturn
+
+from tunewright.accounts.idempotency import IdempotencyKey, find_earlier, remember
+from tunewright.clock import wall_s
+from tunewright.datasets.records import File
+from tunewright.errors import Conflict, InvalidRequest, NotFound, RateLimited, quote
+from tunewright.i18n import mark
+from tunewright.ids import new_id
+from tunewright.jobs import creation, events
+from tunewright.jobs.creation import CreateJob
+from tunewright.jobs.hyperparameters import parse
+from tunewright.jobs.records import (
+    CANCELLED,
+    CANCELLING,
+    FAILED,
+    PAUSED,
+    QUEUED,
+    RUNNING,
+    SUCCEEDED,
+    TERMINAL,
+    VALIDATING,
+    Job,
+    JobCheckpoint,
+    JobEvent,
+)
+from tunewright.models.records import Base, TunedModel
+from tunewright.settings import HomeFolder, Settings
+
+if TYPE_CHECKING:
+    from tunewright.models.catalogue import Catalogue
+    from tunewright.models.service import ModelService
+    from tunewright.storage import Storage, Transaction
+
+__all__ = ["CreateJob", "JobService"]
+
+_ROUTE = "fine_tuning.jobs"
+_WAITING = frozenset({VALIDATING, QUEUED, PAUSED})
+
+
+class JobService:
+    """Every method is one transaction; none waits for a trainer. All block on the database: call them from a thread.
+
+    `on_change` is called after a change that the control loop should see at once (it looks by itself too, only later).
+    """
+
+    def __init__(
+        self,
+        storage: "Storage",
+        catalogue: "Catalogue",
+        models: "ModelService",
+        home: HomeFolder,
+        settings: Settings,
+    ) -> None:
+        self._storage = storage
+        self._catalogue = catalogue
+        self._models = models
+        self._home = home
+        self._settings = settings
+        self.on_change: Callable[[], None] = lambda: None
+
+    def create(self, project_id: str, request: CreateJob, idempotency: IdempotencyKey | None = None) -> Job:
+        """The new job, or the one that an earlier request with the same idempotency key or `request_id` made.
+
+        Raises NotFound(`base_not_found`, `file_not_found`), InvalidRequest (many codes, `param` names the field),
+        RateLimited(`too_many_jobs`), IdempotencyMismatch.
+        """
+        request_id = creation.check_request_id(request.request_id)
+        with self._storage.read() as tx:
+            earlier = _earlier(tx, project_id, request_id, idempotency)
+        if earlier is not None:
+            return earlier
+        base = self._tunable(project_id, creation.check_text(request.model, "model"))
+        creation.check_method(base, request.method, request.training_type)
+        with self._storage.write() as tx:
+            earlier = _earlier(tx, project_id, request_id, idempotency)
+            if earlier is not None:  # a twin of this request came first
+                return earlier
+            job = self._checked(tx, project_id, request, request_id, base)
+            self._insert(tx, job, idempotency)
+        self.on_change()
+        return job
+
+    def get(self, project_id: str, job_id: str) -> Job:
+        """Raises NotFound(`job_not_found`), also for deleted jobs."""
+        with self._storage.read() as tx:
+            return _known(tx, project_id, job_id)
+
+    def cancel(self, project_id: str, job_id: str) -> Job:
+        """`cancelled` at once where no trainer can be, else `cancelling`; the control loop ends the trainer.
+
+        Cancelling twice changes nothing. Raises NotFound, Conflict(`invalid_state`) for succeeded and failed jobs.
+        """
+        with self._storage.write() as tx:
+            job = _known(tx, project_id, job_id)
+            if job.status in (CANCELLED, CANCELLING):
+                return job
+            if job.status in (SUCCEEDED, FAILED):
+                _refuse(job, "cancel")
+            if job.status == RUNNING or job.attempt > 0:
+                changed = _change(tx, job, status=CANCELLING)
+                event = events.message(changed, "cancelling", mark("Cancelling: waiting for the trainer to end"))
+            else:
+                changed = _change(tx, job, status=CANCELLED, finished_at=wall_s())
+                event = events.message(changed, "cancelled", mark("The job was cancelled"))
+            tx.jobs.add_events([event])
+        self.on_change()
+        return changed
+
+    def pause(self, project_id: str, job_id: str) -> Job:
+        """The trainer saves a checkpoint and ends; the job waits for `resume`. Pausing twice changes nothing.
+
+        Raises NotFound, Conflict(`invalid_state`) unless the job is queued or running.
+        """
+        return self._switch(project_id, job_id, "pause", (QUEUED, RUNNING), PAUSED, mark("The job was paused"))
+
+    def resume(self, project_id: str, job_id: str) -> Job:
+        """Back into the queue, to go on from the last checkpoint. Raises NotFound, Conflict(`invalid_state`) unless paused."""
+        return self._switch(
+            project_id, job_id, "resume", (PAUSED,), QUEUED, mark("The job was put back into the queue")
+        )
+
+    def delete(self, project_id: str, job_id: str) -> Job:
+        """The job's last state. Its events, checkpoints and work folder go; a model it made stays.
+
+        Raises NotFound, Conflict(`job_not_finished`).
+        """
+        with self._storage.write() as tx:
+            job = _known(tx, project_id, job_id)
+            if job.status not in TERMINAL:
+                raise Conflict(
+                    "job_not_finished",
+                    mark("Job {job} is {status}; cancel it before you delete it."),
+                    job=job.id,
+                    status=job.status,
+                )
+            deleted = _change(tx, job, deleted_at=wall_s())
+            model = tx.models.get(project_id, job.tuned_model_id)
+            if model is not None and model.status == "training":
+                tx.models.change(model, status="deleted", deleted_at=wall_s())
+        shutil.rmtree(self._home.jobs / job.id, ignore_errors=True)
+        return deleted
+
+    def events(
+        self, project_id: str, job_id: str, *, after: str | None = None, limit: int = 20
+    ) -> tuple[list[JobEvent], bool]:
+        """Newest first, and whether there are older ones. Raises NotFound."""
+        with self._storage.read() as tx:
+            _known(tx, project_id, job_id)
+            found = tx.jobs.list_events(project_id, job_id, after=after, limit=limit + 1)
+        return found[:limit], len(found) > limit
+
+    def events_since(self, project_id: str, job_id: str, after_id: str | None, limit: int = 100) -> list[JobEvent]:
+        """Oldest first, those younger than the event `after_id` (all if None). Raises NotFound."""
+        with self._storage.read() as tx:
+            _known(tx, project_id, job_id)
+            return tx.jobs.events_since(project_id, job_id, after_id=after_id, limit=limit)
+
+    def checkpoints(
+        self, project_id: str, job_id: str, *, after: str | None = None, limit: int = 10
+    ) -> tuple[list[JobCheckpoint], bool]:
+        """Newest first, and whether there are older ones. Raises NotFound."""
+        with self._storage.read() as tx:
+            _known(tx, project_id, job_id)
+            found = tx.jobs.list_checkpoints(project_id, job_id, after=after, limit=limit + 1)
+        return found[:limit], len(found) > limit
+
+    def list(
+        self, project_id: str, *, after: str | None = None, limit: int = 20, metadata: dict[str, str] | None = None
+    ) -> tuple[list[Job], bool]:
+        """Newest first, and whether there are more."""
+        with self._storage.read() as tx:
+            found = tx.jobs.list(project_id, after=after, limit=limit + 1, metadata=metadata)
+        return found[:limit], len(found) > limit
+
+    def _tunable(self, project_id: str, model: str) -> Base:
+        try:
+            base = self._models.resolve(project_id, model).base
+        except NotFound:
+            raise NotFound(
+                "base_not_found",
+                mark("There is no model {model} to fine-tune."),
+                param="model",
+                model=quote(model),
+            ) from None
+        if not base.methods:
+            raise InvalidRequest(
+                "model_not_tunable",
+                mark("The model {model} can't be fine-tuned. These can: {tunable}."),
+                param="model",
+                model=quote(model),
+                tunable=", ".join(other.code for other in self._catalogue.all() if other.methods),
+            )
+        return base
+
+    def _checked(
+        self, tx: "Transaction", project_id: str, request: CreateJob, request_id: str | None, base: Base
+    ) -> Job:
+        """The row to insert. Reads files in the transaction that inserts it, so that none is deleted in between."""
+        training = _file(tx, project_id, request, "training_file", base)
+        validation_file = None
+        if request.validation_file not in (None, ""):
+            validation = _file(tx, project_id, request, "validation_file", base)
+            if validation.sha256 == training.sha256:
+                raise InvalidRequest(
+                    "same_file",
+                    mark("validation_file holds the same rows as training_file."),
+                    param="validation_file",
+                )
+            validation_file = validation.id
+        requested = parse(request.hyperparameters, method=request.method, context_tokens=base.context_tokens)
+        suffix = creation.check_suffix(request.suffix)
+        seed = creation.check_seed(request.seed)
+        metadata = creation.check_metadata(request.metadata)
+        if tx.jobs.count(project_id, _WAITING) >= self._settings.max_queued_jobs:
+            raise RateLimited(
+                "too_many_jobs",
+                mark("{limit} jobs of this project are waiting already. Try again when one has started."),
+                retry_after_s=60,
+                limit=self._settings.max_queued_jobs,
+            )
+        project = tx.projects.get(project_id)
+        if project is None:
+            raise NotFound("project_not_found", mark("This project is gone."))
+        return Job(
+            id=new_id("ftjob"),
+            project_id=project_id,
+            base_code=base.code,
+            model=request.model,
+            tuned_model_id=new_id("model"),
+            tuned_model_name=self._models.name_for(project, base.code, suffix),
+            training_file=training.id,
+            validation_file=validation_file,
+            method=request.method,
+            training_type=request.training_type,
+            requested=requested,
+            suffix=suffix,
+            seed=seed,
+            metadata=metadata,
+            request_id=request_id,
+            created_at=wall_s(),
+        )
+
+    def _insert(self, tx: "Transaction", job: Job, idempotency: IdempotencyKey | None) -> None:
+        tx.models.insert(
+            TunedModel(
+                id=job.tuned_model_id,
+                project_id=job.project_id,
+                name=job.tuned_model_name,
+                base_code=job.base_code,
+                job_id=job.id,
+                created_at=job.created_at,
+            )
+        )
+        tx.jobs.insert(job)
+        tx.jobs.add_events([events.message(job, "created", mark("Created fine-tuning job {job}"), job=job.id)])
+        if idempotency is not None:
+            remember(tx, job.project_id, _ROUTE, idempotency, job.id)
+
+    def _switch(self, project_id: str, job_id: str, verb: str, sources: tuple[str, ...], target: str, text: str) -> Job:
+        with self._storage.write() as tx:
+            job = _known(tx, project_id, job_id)
+            if job.status == target and target == PAUSED:
+                return job
+            if job.status not in sources:
+                _refuse(job, verb)
+            changed = _change(tx, job, status=target)
+            tx.jobs.add_events([events.message(changed, target, text)])
+        self.on_change()
+        return changed
+
+
+def _earlier(
+    tx: "Transaction", project_id: str, request_id: str | None, idempotency: IdempotencyKey | None
+) -> Job | None:
+    if idempotency is not None:
+        earlier_id = find_earlier(tx, project_id, _ROUTE, idempotency)
+        if earlier_id is not None:
+            job = tx.jobs.get(project_id, earlier_id)
+            if job is not None:
+                return job
+    return None if request_id is None else tx.jobs.find_by_request_id(project_id, request_id)
+
+
+def _file(tx: "Transaction", project_id: str, request: CreateJob, param: str, base: Base) -> File:
+    file_id = creation.check_text(getattr(request, param), param)
+    return creation.check_file(tx.files.get(project_id, file_id), param, file_id, base, request.method)
+
+
+def _known(tx: "Transaction", project_id: str, job_id: str) -> Job:
+    job = tx.jobs.get(project_id, job_id)
+    if job is None:
+        raise NotFound("job_not_found", mark("There is no fine-tuning job {job}."), job=quote(job_id))
+    return job
+
+
+def _change(tx: "Transaction", job: Job, **changes: object) -> Job:
+    changed = tx.jobs.change(job, **changes)
+    if changed is None:  # only without a real write lock
+        raise Conflict("invalid_state", mark("Job {job} changed at the same moment; try again."), job=job.id)
+    return changed
+
+
+def _refuse(job: Job, verb: str) -> NoReturn:
+    raise Conflict(
+        "invalid_state",
+        mark("Can't {verb} job {job}: it is {status}."),
+        job=job.id,
+        verb=verb,
+        status=job.status,
+    )
