@@ -110,13 +110,9 @@ def _private(path: str, flags: int) -> int:
 
 def _move(path: Path, target: Path, root: Path) -> None:
     """Rename, or copy where the file systems differ; whole and durable before it has its name."""
-    made = [
-        folder
-        for folder in (target.parent, *target.parent.parents)
-        if folder.is_relative_to(root) and not folder.is_dir()
-    ]
+    missing = [folder for folder in target.parents if folder.is_relative_to(root) and not folder.is_dir()]
     target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    for folder in made:
+    for folder in reversed(missing):  # their names must last too
         fsync_folder(folder.parent)
     try:
         os.chmod(path, 0o600)

@@ -94,7 +94,7 @@ class Transaction:
 def _connections(text: str) -> SqliteConnections | PostgresConnections:
     try:
         url = sa.make_url(text)
-    except exc.ArgumentError:
+    except (exc.ArgumentError, ValueError):
         raise _bad_url() from None  # its text may hold the password
     if url.get_backend_name() == "sqlite":
         return SqliteConnections(url)

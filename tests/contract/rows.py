@@ -1,0 +1,127 @@
+"""Small records, every field filled, ids as the product makes them."""
+
+from typing import Any
+
+from tunewright.accounts.records import ApiKey, Project
+from tunewright.datasets.records import File
+from tunewright.ids import new_id, random_text
+from tunewright.jobs.records import Job, JobCheckpoint, JobError, JobEvent
+from tunewright.models.records import TunedModel
+
+NOON = 1_800_000_000
+"""2027-01-15 08:00:00 UTC, the second that ids made by `dated_id(..., 0)` name."""
+
+
+def dated_id(prefix: str, seconds: int) -> str:
+    """An id that was made `seconds` (under 60) after NOON."""
+    return f"{prefix}-202701150800{seconds:02d}000-{random_text(20)}"
+
+
+def project(number: str) -> Project:
+    return Project(id=new_id("proj"), number=number * 10, name=f"project {number}", created_at=NOON)
+
+
+def api_key(project_id: str, **changes: Any) -> ApiKey:
+    values: dict[str, Any] = {
+        "id": random_text(32),
+        "name": "key",
+        "secret_mac": b"\x01\x00\xff",
+        "secret_sealed": b"\x00",
+    }
+    values |= {"project_id": project_id, "created_at": NOON}
+    return ApiKey(**(values | changes))
+
+
+def file(project_id: str, **changes: Any) -> File:
+    values: dict[str, Any] = {
+        "id": new_id("file"),
+        "filename": "训练 'a\".jsonl",
+        "purpose": "fine-tune",
+        "size_bytes": 2**40,
+        "sha256": "0" * 64,
+        "created_at": NOON,
+        "kind": "chat",
+        "rows": 3,
+        "report": {"warnings": [{"line": 1, "text": "a\"b'\u0001"}], "share": 0.5, "none": None},
+    }
+    values |= {"project_id": project_id}
+    return File(**(values | changes))
+
+
+def job(project_id: str, **changes: Any) -> Job:
+    values: dict[str, Any] = {
+        "id": new_id("ftjob"),
+        "base_code": "base",
+        "model": "base-alias",
+        "tuned_model_id": "model-1",
+        "tuned_model_name": "base:1:x:y",
+        "training_file": "file-train",
+        "validation_file": "file-valid",
+        "requested": {"n_epochs": "auto"},
+        "hyperparameters": {"n_epochs": 3, "learning_rate": 1e-4},
+        "suffix": "x",
+        "seed": 2**31,
+        "metadata": {"team": "red", 'quo"te': "a'b", "点": "中文"},
+        "request_id": None,
+        "created_at": NOON,
+        "running_at": NOON + 1,
+        "finished_at": NOON + 2,
+        "estimated_finish": NOON + 3,
+        "trained_tokens": 2**33,
+        "result_files": ("file-a", "file-b"),
+        "rows": {"used": 2, "skipped": 1},
+        "error": JobError(code="c", message="m {n}", param="p", values={"n": 1}),
+        "attempt": 1,
+        "failures": 1,
+        "journal_offset": 2**35,
+        "total_steps": 9,
+        "step": 4,
+    }
+    values |= {"project_id": project_id}
+    return Job(**(values | changes))
+
+
+def event(of: Job, **changes: Any) -> JobEvent:
+    values: dict[str, Any] = {
+        "id": new_id("ftevent"),
+        "type": "message",
+        "message": "step {step}",
+        "values": {"step": 1},
+        "data": {"loss": 0.25, "accuracy": None},
+        "created_at": NOON,
+    }
+    values |= {"job_id": of.id, "project_id": of.project_id}
+    return JobEvent(**(values | changes))
+
+
+def metrics(of: Job, step: int, **changes: Any) -> JobEvent:
+    return event(of, type="metrics", step=step, **changes)
+
+
+def checkpoint(of: Job, step: int, **changes: Any) -> JobCheckpoint:
+    values: dict[str, Any] = {
+        "id": new_id("ftckpt"),
+        "metrics": {"loss": 1.5},
+        "path": f"checkpoints/step-{step}",
+        "created_at": NOON,
+    }
+    values |= {"job_id": of.id, "project_id": of.project_id, "step": step}
+    return JobCheckpoint(**(values | changes))
+
+
+def model(project_id: str, **changes: Any) -> TunedModel:
+    values: dict[str, Any] = {
+        "id": new_id("model"),
+        "name": f"base:1:x:{random_text(8)}",
+        "base_code": "base",
+        "job_id": "ftjob-1",
+        "created_at": NOON,
+        "status": "ready",
+        "adapter_path": "adapters/x",
+        "adapter_sha256": "0" * 64,
+        "renderer_hash": "1" * 64,
+        "checkpoint_step": 7,
+        "proof": {"tensors": 4, "max_logit_shift": 0.125},
+    }
+    values |= {"project_id": project_id}
+    return TunedModel(**(values | changes))

@@ -1,0 +1,74 @@
+"""Lists read their page and stop: SQLite's own plan shows an index search and no sorting."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from tests.contract.rows import checkpoint, event, file, job, metrics, model, project
+from tests.contract.test_storage_tenants import statements
+from tunewright.storage import Storage, Transaction
+
+Ask = Callable[[Transaction, str, dict[str, str]], Any]
+
+LISTS: dict[str, Ask] = {
+    "keys": lambda tx, p, ids: tx.keys.list(p),
+    "files": lambda tx, p, ids: tx.files.list(p, purpose=None, after=None, limit=2),
+    "files after": lambda tx, p, ids: tx.files.list(p, purpose=None, after=ids["file"], limit=2),
+    "files ascending": lambda tx, p, ids: tx.files.list(p, purpose=None, after=ids["file"], limit=2, ascending=True),
+    "files of a purpose": lambda tx, p, ids: tx.files.list(p, purpose="fine-tune", after=ids["file"], limit=2),
+    "jobs": lambda tx, p, ids: tx.jobs.list(p, after=None, limit=2),
+    "jobs after": lambda tx, p, ids: tx.jobs.list(p, after=ids["job"], limit=2),
+    "jobs with metadata": lambda tx, p, ids: tx.jobs.list(p, after=ids["job"], limit=2, metadata={"team": "red"}),
+    "events": lambda tx, p, ids: tx.jobs.list_events(p, ids["job"], after=None, limit=2),
+    "events after": lambda tx, p, ids: tx.jobs.list_events(p, ids["job"], after=ids["event"], limit=2),
+    "events since": lambda tx, p, ids: tx.jobs.events_since(p, ids["job"], after_id=ids["event"], limit=2),
+    "checkpoints": lambda tx, p, ids: tx.jobs.list_checkpoints(p, ids["job"], after=ids["checkpoint"], limit=2),
+    "models": lambda tx, p, ids: tx.models.list(p),
+    "one file": lambda tx, p, ids: tx.files.get(p, ids["file"]),
+    "one job": lambda tx, p, ids: tx.jobs.get(p, ids["job"]),
+    "one job by request": lambda tx, p, ids: tx.jobs.find_by_request_id(p, "r"),
+    "one model by name": lambda tx, p, ids: tx.models.find(p, "name"),
+    "count of jobs": lambda tx, p, ids: tx.jobs.count(p, frozenset({"queued", "running"})),
+    "users of a file": lambda tx, p, ids: tx.jobs.using_file(p, ids["file"]),
+    "unfinished jobs": lambda tx, p, ids: tx.jobs.unfinished(),
+    "idempotency": lambda tx, p, ids: tx.idempotency.find(p, "route", "key", since=0),
+}
+STARTED_INSIDE = {name for name in LISTS if name.startswith(("files ", "jobs "))}
+SORTED_AFTERWARDS = {"unfinished jobs"}
+"""A handful of rows of several states; never paged."""
+
+
+@pytest.mark.parametrize("name", LISTS)
+def test_plan(sqlite_url: str, name: str) -> None:
+    storage = Storage(sqlite_url)
+    storage.migrate()
+    ours = project("1")
+    of = job(ours.id)
+    rows = {"file": file(ours.id), "job": of, "event": event(of), "checkpoint": checkpoint(of, 1)}
+    with storage.write() as tx:
+        tx.projects.insert(ours)
+        tx.files.insert(rows["file"])
+        tx.jobs.insert(of)
+        tx.jobs.add_events([rows["event"], metrics(of, 1)])
+        tx.jobs.add_checkpoint(rows["checkpoint"])
+        tx.models.insert(model(ours.id))
+    with storage.read() as tx, statements() as seen:
+        LISTS[name](tx, ours.id, {kind: row.id for kind, row in rows.items()})
+        connection = tx.projects._connection
+        plan: list[str] = []
+        asked = [each for each in seen if each.startswith("SELECT")]
+        assert asked
+        for statement in asked:
+            plan = [
+                str(step[3])
+                for step in connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {statement}", ("x",) * statement.count("?"))
+            ]
+            tables = [step for step in plan if "VIRTUAL TABLE" not in step]
+            assert any(step.startswith("SEARCH") and "USING" in step for step in tables), plan
+            assert not any(step.startswith("SCAN") for step in tables), plan
+            if name not in SORTED_AFTERWARDS:
+                assert not any("TEMP B-TREE" in step for step in plan), plan
+        if name in STARTED_INSIDE:
+            assert any("(created_at,id)" in step for step in plan), f"the page must start inside the index: {plan}"
+    storage.close()
