@@ -337,3 +337,15 @@ def test_all_private_use_characters_in_a_text_are_kept(renderers: dict[str, Rend
     text += "".join(map(chr, [*range(0xF0000, 0xFFFFE), *range(0x100000, 0x10FFFE)]))
     with pytest.raises(InvalidRequest):
         renderers["chatml"].prompt(chat(text))
+
+
+def test_texts_are_encoded_as_the_model_writes_them(renderers: dict[str, Renderer]) -> None:
+    """White space before an answer joins its first word, and a control token's text beside a word leaves the word whole."""
+    renderer = renderers["chatml"]
+    tokens = renderer._tokens
+    example = renderer.example(chat("hi", " the assistant"))
+    labels = [t for t, trained in zip(example.tokens, example.trained, strict=True) if trained]
+    assert labels[:-1] == list(tokens.template_ids(" the assistant"))
+    apart = [*tokens.plain_ids("assistant "), *tokens.plain_ids("<|im_end|>")]
+    assert tokens.plain_ids("assistant <|im_end|>") == apart
+    assert len(tokens.plain_ids("assistant ")) < len("assistant ")
