@@ -1,0 +1,123 @@
+"""How fast an engine worker serves: `python benchmarks/serve_speed.py MODEL_FOLDER [--threads 1] [--concurrent 1 8 32]`.
+
+Each run sends N requests at once (128-token prompts, 64 new tokens, greedy) over the worker's own protocol, first to the
+base alone, then spread over four adapters of rank 16 on all linear layers. Client and worker share the machine.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import random
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save_file
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from tests.engines.engine_worker import WorkerRun, exchange, generate_request, worker_spec
+from tunewright.deployments.ports import Done, TokenText, Trouble
+from tunewright.files_on_disk import sha256_of
+
+PROMPT_TOKENS, NEW_TOKENS, RANK = 128, 64, 16
+
+
+def write_adapter(model: Path, folder: Path, seed: int) -> dict[str, str]:
+    """A random adapter for a Llama-shaped base, in PEFT's format; returns the adapter fields of a request."""
+    config = json.loads((model / "config.json").read_text())
+    hidden, inner = config["hidden_size"], config["intermediate_size"]
+    head = config.get("head_dim") or hidden // config["num_attention_heads"]
+    queries, keys = head * config["num_attention_heads"], head * config["num_key_value_heads"]
+    shapes = {
+        "self_attn.q_proj": (hidden, queries),
+        "self_attn.k_proj": (hidden, keys),
+        "self_attn.v_proj": (hidden, keys),
+        "self_attn.o_proj": (queries, hidden),
+        "mlp.gate_proj": (hidden, inner),
+        "mlp.up_proj": (hidden, inner),
+        "mlp.down_proj": (inner, hidden),
+    }
+    rng = np.random.default_rng(seed)
+    tensors: dict[str, np.ndarray] = {}
+    for layer in range(config["num_hidden_layers"]):
+        for name, (into, out) in shapes.items():
+            prefix = f"base_model.model.model.layers.{layer}.{name}"
+            tensors[f"{prefix}.lora_A.weight"] = rng.normal(0, 0.02, (RANK, into)).astype(np.float32)
+            tensors[f"{prefix}.lora_B.weight"] = rng.normal(0, 0.002, (out, RANK)).astype(np.float32)
+    folder.mkdir()
+    save_file(tensors, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": RANK, "lora_alpha": RANK}))
+    sha256 = sha256_of(folder / "adapter_model.safetensors")
+    return {"adapter_id": folder.name, "adapter_path": str(folder), "adapter_sha256": sha256}
+
+
+async def one_request(port: int, values: dict[str, Any]) -> tuple[float, int]:
+    """Seconds to the first token, and the number of tokens."""
+    began = time.perf_counter()
+    first_s = 0.0
+    async for reply in exchange(port, generate_request(**values)):
+        if isinstance(reply, Trouble):
+            raise RuntimeError(reply.code)
+        if isinstance(reply, TokenText) and not first_s:
+            first_s = time.perf_counter() - began
+        if isinstance(reply, Done):
+            return first_s, reply.completion_tokens
+    raise RuntimeError("the worker closed the connection")
+
+
+async def run(port: int, vocabulary: int, n: int, adapters: list[dict[str, str]]) -> str:
+    """One line of the table."""
+    rng = random.Random(n)
+    requests: list[dict[str, Any]] = [
+        {
+            "prompt_ids": [rng.randrange(100, vocabulary) for _ in range(PROMPT_TOKENS)],
+            "max_tokens": NEW_TOKENS,
+            **(adapters[i % len(adapters)] if adapters else {}),
+        }
+        for i in range(n)
+    ]
+    began = time.perf_counter()
+    results = await asyncio.gather(*(one_request(port, values) for values in requests))
+    elapsed_s = time.perf_counter() - began
+    tokens = sum(count for _, count in results)
+    ttft_ms = 1000 * statistics.median(first_s for first_s, _ in results)
+    what = f"{len(adapters)} adapters" if adapters else "base only"
+    return f"{what:<12} {n:>3} concurrent  {tokens / elapsed_s:7.1f} tok/s  TTFT p50 {ttft_ms:7.0f} ms"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--concurrent", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--core", type=int, help="pin client and worker to this core")
+    arguments = parser.parse_args()
+    if arguments.core is not None:
+        os.sched_setaffinity(0, {arguments.core})
+    vocabulary = json.loads((arguments.model / "config.json").read_text())["vocab_size"]
+    with tempfile.TemporaryDirectory() as folder:
+        adapters = [write_adapter(arguments.model, Path(folder) / f"a{seed}", seed) for seed in range(4)]
+        spec = worker_spec(
+            arguments.model, threads=arguments.threads, slots=max(arguments.concurrent), adapters=8, queue=256,
+            context_tokens=1024,
+        )  # fmt: skip
+        worker = WorkerRun(Path(folder) / "worker", spec).start()
+        try:
+            print(f"worker ready in {worker.start_s:.1f} s")
+            for values in ({}, *adapters):  # warm up, and load the adapters
+                asyncio.run(one_request(worker.port, {"prompt_ids": [100] * 8, "max_tokens": 2, **values}))
+            for chosen in ([], adapters):
+                for n in arguments.concurrent:
+                    print(asyncio.run(run(worker.port, vocabulary, n, chosen)), flush=True)
+        finally:
+            worker.kill()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,368 @@
+"""The engine in process: rows in company get what they get alone, and no request harms another."""
+
+import queue
+import random
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.engines.adapters import Reference, make_adapter, request_values
+from tests.engines.engine_worker import generate_request, worker_spec
+from tunewright.deployments.ports import Done, EngineReply, Generate, Proof, Prove, State, TokenText, Trouble, Unload
+from tunewright.engines.batch import Batch
+from tunewright.engines.decoder import Decoder
+from tunewright.engines.general import GeneralDecoder
+from tunewright.engines.kv_cache import SlotCache
+from tunewright.engines.loading import load_decoder, load_model
+from tunewright.engines.placement import Placement, choose_placement
+from tunewright.engines.rows import Ticket
+from tunewright.engines.torch import Engine
+from tunewright.errors import InvalidRequest, Unavailable
+from tunewright.rendering.renderer import Renderer
+
+CPU = choose_placement(cuda=False, cuda_bfloat16=False)
+SMALL_STEPS = Placement("cpu", "float32", 5, 11)
+DEADLY = 599
+
+
+class Fragile:
+    """A decoder that fails on one token, answers NaN to another, and can be made slow."""
+
+    def __init__(self, inner: Decoder) -> None:
+        self._inner = inner
+        self.device = inner.device
+        self.n_embeddings = inner.n_embeddings
+        self.linears = inner.linears
+        self.prepare = inner.prepare
+        self.pause_s = 0.0
+        self.steps = 0
+
+    def logits(self, batch: Batch, cache: SlotCache) -> torch.Tensor:
+        time.sleep(self.pause_s)
+        self.steps += 1
+        ids = batch.input_ids_T.tolist()
+        if DEADLY in ids:
+            raise RuntimeError("a kernel failed")
+        logits_WV = self._inner.logits(batch, cache)
+        for place, index in enumerate(batch.wanted_W.tolist()):
+            if ids[index] == DEADLY - 1:
+                logits_WV[place, 3] = torch.nan
+                for memory in (*cache._keys.values(), *cache._values.values()):
+                    for chunk in batch.chunks:
+                        if chunk.start <= index < chunk.end:
+                            memory[chunk.slot] = torch.nan
+        return logits_WV
+
+
+class Call:
+    """One request and what came back."""
+
+    def __init__(self, engine: Engine, request: Generate | Prove | Unload) -> None:
+        self.replies: queue.SimpleQueue[EngineReply] = queue.SimpleQueue()
+        self.ticket: Ticket = engine.submit(request, self.replies.put)
+        self.text = ""
+
+    def last(self, limit_s: float = 60.0) -> EngineReply:
+        while isinstance(reply := self.replies.get(timeout=limit_s), TokenText):
+            self.text += reply.text
+        return reply
+
+
+@pytest.fixture(scope="module")
+def tiny_decoder(tiny_base: Path) -> Decoder:
+    return load_decoder(tiny_base, CPU, 256)
+
+
+@pytest.fixture(scope="module")
+def renderer(tiny_base: Path) -> Renderer:
+    return Renderer(tiny_base)
+
+
+class Factory:
+    """Makes engines that are stopped at the end of the test."""
+
+    def __init__(self, base: Path, renderer: Renderer) -> None:
+        self._base, self._renderer = base, renderer
+        self.engines: list[Engine] = []
+
+    def __call__(self, decoder: Decoder, placement: Placement = CPU, **spec: Any) -> Engine:
+        engine = Engine(
+            decoder,
+            self._renderer.stream_decoder,
+            worker_spec(self._base, **spec),
+            vocabulary=self._renderer.vocabulary_size,
+            placement=placement,
+        )
+        self.engines.append(engine)
+        engine.start()
+        return engine
+
+
+@pytest.fixture
+def engine_of(tiny_base: Path, renderer: Renderer) -> Iterator[Factory]:
+    factory = Factory(tiny_base, renderer)
+    yield factory
+    for engine in factory.engines:
+        engine.stop()
+
+
+def expected(
+    reference: Reference, renderer: Renderer, path: Path | None, prompt: list[int], n: int, stops: frozenset[int]
+) -> tuple[str, int, str]:
+    tokens = reference.greedy(path, prompt, n, stops)
+    stopped = tokens[-1] in stops
+    decoder = renderer.stream_decoder()
+    text = "".join(decoder.push(token) for token in tokens[: len(tokens) - stopped]) + decoder.flush()
+    return text, len(tokens), "stop" if stopped else "length"
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("kind", ["general", "llama"])
+def test_random_company_changes_no_answer(
+    kind: str,
+    seed: int,
+    tiny_base: Path,
+    tiny_decoder: Decoder,
+    adapters: list[Path],
+    reference: Reference,
+    renderer: Renderer,
+    engine_of: Factory,
+) -> None:
+    """Base and three adapters (two places), any lengths, staggered arrivals, cancellations, tiny prompt pieces."""
+    rng = random.Random(seed)
+    decoder = tiny_decoder if kind == "llama" else GeneralDecoder(load_model(tiny_base, CPU))
+    engine = engine_of(decoder, SMALL_STEPS, slots=4, adapters=2, queue=100)
+    calls: list[tuple[Call, Path | None, list[int], int]] = []
+    for _ in range(24):
+        path = rng.choice([None, *adapters])
+        prompt = [rng.randrange(renderer.vocabulary_size) for _ in range(rng.choice([1, 2, 5, 6, 17, 40]))]
+        n = rng.randint(1, 14)
+        request = generate_request(prompt_ids=prompt, max_tokens=n, stop_ids=[0, 2], **request_values(path))
+        calls.append((Call(engine, request), path, prompt, n))
+        if rng.random() < 0.3:
+            time.sleep(rng.random() * 0.02)
+        if rng.random() < 0.2:
+            engine.cancel(rng.choice(calls)[0].ticket)
+    compared = 0
+    for call, path, prompt, n in calls:
+        if call.ticket.cancelled:
+            continue
+        done = call.last()
+        assert isinstance(done, Done), done
+        answer = (call.text, done.completion_tokens, done.reason)
+        assert answer == expected(reference, renderer, path, prompt, n, frozenset({0, 2}))
+        assert done.prompt_tokens == len(prompt)
+        compared += 1
+    assert compared >= 10
+    assert len(engine.state().adapters) <= 2
+
+
+def test_a_seed_gives_the_same_text_in_any_company(
+    tiny_decoder: Decoder, adapters: list[Path], engine_of: Factory
+) -> None:
+    engine = engine_of(tiny_decoder, slots=4, adapters=2, queue=50)
+    wanted = generate_request(
+        prompt_ids=[5, 6, 7], max_tokens=30, temperature=1.3, top_p=0.95, seed=11, **request_values(adapters[0])
+    )
+    alone = Call(engine, wanted)
+    alone.last()
+    crowd = [
+        Call(engine, generate_request(prompt_ids=[i, 3], max_tokens=20, temperature=1.0, **request_values(path)))
+        for i, path in enumerate([None, adapters[1], None, adapters[0]])
+    ]
+    again = Call(engine, wanted)
+    again.last()
+    assert [isinstance(call.last(), Done) for call in crowd] == [True] * 4
+    assert alone.text == again.text
+    assert alone.text
+
+
+def test_stop_strings_end_the_answer(
+    tiny_decoder: Decoder, reference: Reference, renderer: Renderer, engine_of: Factory
+) -> None:
+    engine = engine_of(tiny_decoder)
+    prompt = [40, 41, 42]
+    whole, _, _ = expected(reference, renderer, None, prompt, 30, frozenset())
+    stop = whole[6:9]
+    call = Call(engine, generate_request(prompt_ids=prompt, max_tokens=30, stop=[stop, "never"]))
+    done = call.last()
+    assert isinstance(done, Done)
+    assert done.reason == "stop"
+    assert done.completion_tokens < 30
+    assert call.text == whole[: whole.index(stop)]
+
+
+def test_a_query_of_death_ends_alone(
+    tiny_decoder: Decoder, reference: Reference, renderer: Renderer, engine_of: Factory
+) -> None:
+    engine = engine_of(Fragile(tiny_decoder), slots=4)
+    prompts = [[7, 8, 9], [5, DEADLY, 6], [4, DEADLY - 1], [10, 11]]
+    calls = [Call(engine, generate_request(prompt_ids=prompt, max_tokens=12)) for prompt in prompts]
+    replies = [call.last() for call in calls]
+    for place, code in ((1, "engine_error"), (2, "not_finite")):
+        reply = replies[place]
+        assert isinstance(reply, Trouble)
+        assert (reply.kind, reply.code) == ("internal", code)
+    for place in (0, 3):
+        assert calls[place].text == expected(reference, renderer, None, prompts[place], 12, frozenset())[0]
+    late = [Call(engine, generate_request(prompt_ids=prompts[place], max_tokens=12)) for place in (0, 3, 0, 3)]
+    assert all(isinstance(call.last(), Done) for call in late)
+    assert late[2].text == calls[0].text  # the slots that held NaN give right answers again
+    assert engine.state().active == 0
+
+
+def test_the_queue_is_bounded(tiny_decoder: Decoder, engine_of: Factory) -> None:
+    fragile = Fragile(tiny_decoder)
+    fragile.pause_s = 0.05
+    engine = engine_of(fragile, slots=1, queue=2)
+    request = generate_request(prompt_ids=[1], max_tokens=100)
+    running = Call(engine, request)
+    wait_until(lambda: engine.state().active == 1)
+    waiting = [Call(engine, request), Call(engine, request)]
+    with pytest.raises(Unavailable) as caught:
+        Call(engine, request)
+    assert caught.value.code == "engine_overloaded"
+    fragile.pause_s = 0.0
+    assert all(isinstance(call.last(), Done) for call in (running, *waiting))
+
+
+def wait_until(condition: Any, limit_s: float = 10.0) -> None:
+    end = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+@pytest.mark.parametrize(
+    ("values", "code"),
+    [
+        ({"prompt_ids": []}, "invalid_prompt"),
+        ({"prompt_ids": [600]}, "invalid_prompt"),
+        ({"prompt_ids": [-1]}, "invalid_prompt"),
+        ({"prompt_ids": [1], "max_tokens": 0}, "invalid_max_tokens"),
+        ({"prompt_ids": [1] * 250, "max_tokens": 7}, "context_length_exceeded"),
+        ({"prompt_ids": [1], "adapter_id": "x"}, "adapter_invalid"),
+    ],
+)
+def test_impossible_requests(tiny_decoder: Decoder, engine_of: Factory, values: dict[str, Any], code: str) -> None:
+    engine = engine_of(tiny_decoder)
+    with pytest.raises(InvalidRequest) as caught:
+        Call(engine, generate_request(**values))
+    assert caught.value.code == code
+    assert caught.value.text("zh") != caught.value.text("en")
+    assert isinstance(Call(engine, generate_request(prompt_ids=[1] * 250, max_tokens=6)).last(), Done)
+
+
+def test_an_invalid_adapter_leaves_others_alone(
+    tiny_decoder: Decoder, adapters: list[Path], reference: Reference, renderer: Renderer, engine_of: Factory
+) -> None:
+    engine = engine_of(tiny_decoder, adapters=1)
+    good = {"prompt_ids": [9, 9], "max_tokens": 10} | request_values(adapters[0])
+    bad = good | {"adapter_sha256": "0" * 64}
+    calls = [Call(engine, generate_request(**values)) for values in (good, bad, bad, good)]
+    replies = [call.last() for call in calls]
+    assert [type(reply) for reply in replies] == [Done, Trouble, Trouble, Done]
+    assert isinstance(replies[1], Trouble)
+    assert (replies[1].kind, replies[1].code) == ("invalid_request", "adapter_invalid")
+    solo = expected(reference, renderer, adapters[0], [9, 9], 10, frozenset())[0]
+    assert calls[0].text == calls[3].text == solo
+
+
+def prove_request(path: Path, prompts: list[list[int]] | None = None) -> Prove:
+    return Prove(secret="s", prompts=prompts or [[5, 6, 7] * 9, [8], [1, 2]], **request_values(path))
+
+
+def test_proof_measures_the_effect(
+    tiny_decoder: Decoder, adapters: list[Path], reference: Reference, engine_of: Factory
+) -> None:
+    engine = engine_of(tiny_decoder, SMALL_STEPS, slots=2, adapters=2)
+    neighbour = Call(engine, generate_request(prompt_ids=[3, 4], max_tokens=60))
+    request = prove_request(adapters[1])
+    proof = Call(engine, request).last()
+    assert isinstance(proof, Proof)
+    shifts = [
+        (reference.logits(adapters[1], ids)[-1] - reference.logits(None, ids)[-1]).abs() for ids in request.prompts
+    ]
+    assert (proof.tensors, proof.tensors_applied) == (28, 28)
+    assert proof.max_logit_shift == pytest.approx(max(float(shift.max()) for shift in shifts), rel=1e-3)
+    assert proof.mean_logit_shift == pytest.approx(sum(float(shift.mean()) for shift in shifts) / 3, rel=1e-3)
+    assert proof.load_ms > 0
+    assert isinstance(neighbour.last(), Done)
+    assert engine.state().active == 0
+
+
+@pytest.mark.parametrize("kind", ["general", "llama"])
+def test_proof_refuses_what_has_no_effect(
+    kind: str, tiny_base: Path, tiny_decoder: Decoder, tmp_path: Path, engine_of: Factory
+) -> None:
+    decoder = tiny_decoder if kind == "llama" else GeneralDecoder(load_model(tiny_base, CPU))
+    folder = make_adapter(tiny_base, tmp_path / "nothing", seed=4, strength=0)
+    reply = Call(engine_of(decoder), prove_request(folder)).last()
+    assert isinstance(reply, Trouble)
+    assert (reply.kind, reply.code) == ("invalid_request", "no_effect")
+    assert reply.values["applied"] == reply.values["tensors"] == 28
+
+
+def test_proof_refuses_numbers_out_of_range(
+    tiny_base: Path, tiny_decoder: Decoder, tmp_path: Path, engine_of: Factory
+) -> None:
+    folder = make_adapter(tiny_base, tmp_path / "huge", seed=4, strength=1e37)
+    reply = Call(engine_of(tiny_decoder), prove_request(folder)).last()
+    assert isinstance(reply, Trouble)
+    assert (reply.kind, reply.code) == ("invalid_request", "adapter_invalid")
+
+
+def test_unload_lets_users_end_first(tiny_decoder: Decoder, adapters: list[Path], engine_of: Factory) -> None:
+    fragile = Fragile(tiny_decoder)
+    fragile.pause_s = 0.01
+    engine = engine_of(fragile)
+    request = generate_request(prompt_ids=[1, 2], max_tokens=30, **request_values(adapters[0]))
+    user = Call(engine, request)
+    wait_until(lambda: engine.state().active == 1)
+    answer = Call(engine, Unload(secret="s", adapter_id=adapters[0].name)).last()
+    assert isinstance(answer, State)
+    assert answer.adapters == [adapters[0].name]  # still in use
+    later = Call(engine, request)
+    assert isinstance(user.last(), Done)
+    assert isinstance(later.last(), Done)
+    assert isinstance(Call(engine, Unload(secret="s", adapter_id=adapters[0].name)).last(), State)
+    wait_until(lambda: engine.state().adapters == [])
+
+
+def test_cancelling_frees_slots_at_once(tiny_decoder: Decoder, engine_of: Factory) -> None:
+    fragile = Fragile(tiny_decoder)
+    fragile.pause_s = 0.02
+    engine = engine_of(fragile, slots=2)
+    calls = [Call(engine, generate_request(prompt_ids=[1], max_tokens=200)) for _ in range(4)]
+    wait_until(lambda: engine.state().active == 2)
+    for call in calls:
+        engine.cancel(call.ticket)
+    wait_until(lambda: (state := engine.state()).active == state.waiting == 0, 2.0)
+    steps = fragile.steps
+    time.sleep(0.1)
+    assert fragile.steps == steps  # and nothing computes any more
+
+
+def test_loading_does_not_hold_up_decoding(
+    tiny_decoder: Decoder, adapters: list[Path], engine_of: Factory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = engine_of(tiny_decoder)
+    loading, go_on = threading.Event(), threading.Event()
+    prepare = tiny_decoder.prepare
+
+    def slow(pairs: Any) -> Any:
+        loading.set()
+        go_on.wait(30)
+        return prepare(pairs)
+
+    monkeypatch.setattr(tiny_decoder, "prepare", slow)
+    waiting = Call(engine, generate_request(prompt_ids=[1], **request_values(adapters[0])))
+    assert loading.wait(10)
+    assert isinstance(Call(engine, generate_request(prompt_ids=[1], max_tokens=50)).last(), Done)
+    go_on.set()
+    assert isinstance(waiting.last(), Done)

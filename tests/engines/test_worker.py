@@ -1,0 +1,274 @@
+"""The worker process over its socket: what the gateway relies on, and what a stranger on the machine gets."""
+
+import asyncio
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import psutil
+import pytest
+from safetensors.torch import load_file, save_file
+
+from tests.engines.adapters import Reference, make_adapter, request_values
+from tests.engines.engine_worker import (
+    SECRET,
+    WorkerRun,
+    exchange,
+    generate,
+    generate_request,
+    health,
+    one,
+    worker_spec,
+)
+from tunewright.deployments.ports import (
+    Done,
+    Health,
+    Proof,
+    Prove,
+    State,
+    TokenText,
+    Trouble,
+    Unload,
+    WorkerProcess,
+    decode_reply,
+    encode_line,
+)
+from tunewright.rendering.renderer import Renderer
+
+
+@pytest.fixture(scope="module")
+def worker(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[WorkerRun]:
+    run = WorkerRun(tmp_path_factory.mktemp("worker"), worker_spec(tiny_base, context_tokens=2000)).start()
+    yield run
+    run.kill()
+
+
+def solo(base: Path, reference: Reference, path: Path | None, prompt: list[int], n: int) -> str:
+    return Renderer(base).decode(reference.greedy(path, prompt, n, frozenset()))
+
+
+def test_it_says_who_it_is(worker: WorkerRun) -> None:
+    process = msgspec.json.decode((worker.folder / "worker.json").read_bytes(), type=WorkerProcess)
+    assert worker.process is not None
+    assert process.pid == worker.process.pid
+    assert process.worker_id == "w1"
+    boot_ticks = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[19]
+    assert process.start_ticks == int(boot_ticks)
+    assert (worker.folder / "worker.json").stat().st_mode & 0o077 == 0
+    connections = psutil.Process(process.pid).net_connections(kind="tcp")
+    listening = [c.laddr.ip for c in connections if c.status == psutil.CONN_LISTEN]
+    assert listening == ["127.0.0.1"]
+
+
+async def test_health(worker: WorkerRun) -> None:
+    state = await health(worker.port)
+    assert (state.worker_id, state.base_code, state.slots) == ("w1", "tiny", 4)
+
+
+async def test_base_and_adapters_answer_together(
+    worker: WorkerRun, tiny_base: Path, adapters: list[Path], reference: Reference
+) -> None:
+    """Eight at once, base and three adapters, on four slots and two adapter places."""
+    paths: list[Path | None] = [None, *adapters] * 2
+    prompts = [[10 + i, 3 + i, 100] for i in range(8)]
+    answers = await asyncio.gather(
+        *(
+            generate(worker.port, prompt_ids=prompt, max_tokens=12, **request_values(path))
+            for prompt, path in zip(prompts, paths, strict=True)
+        )
+    )
+    for (text, done), prompt, path in zip(answers, prompts, paths, strict=True):
+        assert text == solo(tiny_base, reference, path, prompt, 12)
+        assert (done.reason, done.prompt_tokens, done.completion_tokens) == ("length", 3, 12)
+    assert len({text for text, _ in answers}) > 4
+
+
+async def test_tokens_come_one_by_one(worker: WorkerRun) -> None:
+    replies = [reply async for reply in exchange(worker.port, generate_request(prompt_ids=[4, 5], max_tokens=40))]
+    counts = [reply.n_tokens for reply in replies if isinstance(reply, TokenText)]
+    assert isinstance(replies[-1], Done)
+    assert counts == sorted(set(counts))
+    assert len(counts) > 5
+
+
+def test_strangers_learn_nothing(worker: WorkerRun) -> None:
+    lines = [
+        encode_line(Health(secret="wrong")),
+        b'{"type":"health","secret":"\xc3\x9f"}',
+        b'{"type":"health"}',
+        b'{"type":"health","secret":null}',
+        b"GET / HTTP/1.1",
+        b"",
+        b"\xff\x00\xfe",
+        b"[" * 100_000,
+        b"x" * (17 * 2**20),
+    ]  # fmt: skip
+    for line in lines:
+        with socket.create_connection(("127.0.0.1", worker.port), timeout=10) as connection:
+            try:
+                connection.sendall(line + b"\n")
+                assert connection.recv(10) == b""
+            except ConnectionError:
+                pass  # the worker closed before it had read all of a line over its limit
+    assert isinstance(asyncio.run(one(worker.port, Health(secret=SECRET))), State)
+
+
+@pytest.mark.parametrize(
+    "request_values",
+    [
+        {"type": "nothing"},
+        {"type": "generate", "request_id": "r", "prompt_ids": "abc", "max_tokens": 1},
+        {"type": "generate", "request_id": "r", "prompt_ids": [1.5], "max_tokens": 1},
+        {"type": "generate"},
+    ],
+)
+def test_requests_that_do_not_parse(worker: WorkerRun, request_values: dict[str, Any]) -> None:
+    with socket.create_connection(("127.0.0.1", worker.port), timeout=10) as connection:
+        connection.sendall(json.dumps(request_values | {"secret": SECRET}).encode() + b"\n")
+        reply = decode_reply(connection.makefile("rb").readline())
+    assert isinstance(reply, Trouble)
+    assert reply.code == "invalid_engine_request"
+
+
+@pytest.mark.parametrize("abort", [False, True], ids=["FIN", "RST"])
+async def test_leaving_frees_the_slot(worker: WorkerRun, abort: bool) -> None:
+    request = generate_request(prompt_ids=[6, 7], max_tokens=1900)
+    connections = []
+    for _ in range(4):
+        reader, writer = await asyncio.open_connection("127.0.0.1", worker.port)
+        writer.write(encode_line(request) + b"\n")
+        assert isinstance(decode_reply(await reader.readline()), TokenText)
+        connections.append(writer)
+    assert (await health(worker.port)).active == 4
+    left = time.monotonic()
+    for writer in connections:
+        if abort:
+            writer.transport.abort()
+        else:
+            writer.close()
+    while (await health(worker.port)).active:
+        assert time.monotonic() - left < 2
+        await asyncio.sleep(0.01)
+
+
+async def test_a_slow_reader_gets_everything_and_holds_nobody_up(
+    worker: WorkerRun, tiny_base: Path, reference: Reference
+) -> None:
+    """It reads nothing until others are done; what piled up for it is joined into few lines."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", worker.port, limit=4096)
+    writer.write(encode_line(generate_request(prompt_ids=[8, 9], max_tokens=30)) + b"\n")
+    await generate(worker.port, prompt_ids=[1, 2], max_tokens=60)
+    lines = (await reader.read()).splitlines()
+    writer.close()
+    replies = [decode_reply(line) for line in lines]
+    text = "".join(reply.text for reply in replies if isinstance(reply, TokenText))
+    assert isinstance(replies[-1], Done)
+    assert text == solo(tiny_base, reference, None, [8, 9], 30)
+
+
+def prove_request(path: Path) -> Prove:
+    return Prove(secret=SECRET, prompts=[[5, 6, 7], [8, 9]], **request_values(path))
+
+
+async def test_proofs(worker: WorkerRun, tiny_base: Path, adapters: list[Path], tmp_path: Path) -> None:
+    proof = await one(worker.port, prove_request(adapters[0]))
+    assert isinstance(proof, Proof)
+    assert proof.tensors == proof.tensors_applied == 28
+    assert proof.max_logit_shift > 0.01
+
+    nothing = make_adapter(tiny_base, tmp_path / "nothing", seed=9, strength=0)
+    trouble = await one(worker.port, prove_request(nothing))
+    assert isinstance(trouble, Trouble)
+    assert (trouble.kind, trouble.code) == ("invalid_request", "no_effect")
+
+    renamed = make_adapter(tiny_base, tmp_path / "renamed", seed=9)
+    tensors = load_file(renamed / "adapter_model.safetensors")
+    name = next(iter(tensors))
+    tensors[name.replace("base_model.model.", "base_model.")] = tensors.pop(name)
+    save_file(tensors, renamed / "adapter_model.safetensors")
+    trouble = await one(worker.port, prove_request(renamed))
+    assert isinstance(trouble, Trouble)
+    assert (trouble.kind, trouble.code) == ("invalid_request", "adapter_invalid")
+    assert name.replace("base_model.model.", "base_model.") in str(trouble.values["problems"])
+
+
+async def test_unload(worker: WorkerRun, adapters: list[Path]) -> None:
+    await generate(worker.port, prompt_ids=[1], **request_values(adapters[1]))
+    assert "middle" in (await health(worker.port)).adapters
+    assert isinstance(await one(worker.port, Unload(secret=SECRET, adapter_id="middle")), State)
+    assert "middle" not in (await health(worker.port)).adapters
+
+
+def fails_with(folder: Path, tiny_base: Path, **changes: Any) -> str:
+    """Start a worker that must not start; returns its log."""
+    run = WorkerRun(folder, worker_spec(tiny_base, **changes))
+    done = subprocess.run(
+        [sys.executable, "-m", "tunewright.engines.worker", str(folder)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 78
+    assert not (run.folder / "worker.json").exists()
+    return done.stderr
+
+
+def test_a_changed_base_is_not_served(tiny_base: Path, tmp_path: Path) -> None:
+    files = worker_spec(tiny_base).base_files | {"model.safetensors": "0" * 64}
+    assert "base_changed" in fails_with(tmp_path, tiny_base, base_files=files)
+
+
+def test_another_renderer_is_not_served(tiny_base: Path, tmp_path: Path) -> None:
+    assert "renderer_changed" in fails_with(tmp_path, tiny_base, renderer_hash="0" * 64)
+
+
+def test_sigterm_ends_it_at_once_even_while_it_answers(tiny_base: Path, tmp_path: Path) -> None:
+    run = WorkerRun(tmp_path, worker_spec(tiny_base, context_tokens=2000)).start()
+    with socket.create_connection(("127.0.0.1", run.port), timeout=10) as connection:
+        connection.sendall(encode_line(generate_request(prompt_ids=[1], max_tokens=1900)) + b"\n")
+        assert connection.recv(1)
+        began = time.monotonic()
+        assert run.terminate() == 0
+        assert time.monotonic() - began < 2
+
+
+def test_kill_9_leaves_nothing(tiny_base: Path, tmp_path: Path) -> None:
+    run = WorkerRun(tmp_path, worker_spec(tiny_base)).start()
+    assert run.process is not None
+    group = run.process.pid
+    run.kill()
+    left = [p.pid for p in psutil.process_iter() if _group(p.pid) == group]
+    assert left == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["log.txt", "spec.json", "worker.json"]
+
+
+def _group(pid: int) -> int | None:
+    try:
+        return os.getpgid(pid)
+    except ProcessLookupError:
+        return None
+
+
+def test_an_orphan_serves_on_and_goes_when_nobody_comes(tiny_base: Path, tmp_path: Path) -> None:
+    """Its parent ends at once: it must serve whoever finds it, and exit when idle for long enough."""
+    WorkerRun(tmp_path, worker_spec(tiny_base, idle_exit_s=3.0))
+    parent = (
+        "import subprocess, sys; subprocess.Popen([sys.executable, '-m', 'tunewright.engines.worker', sys.argv[1]])"
+    )
+    with (tmp_path / "log.txt").open("wb") as log:
+        # The parent waits until the worker has looked at who its parent is.
+        code = parent + "; import os, time\nwhile not os.path.exists(sys.argv[1] + '/worker.json'): time.sleep(0.02)"
+        subprocess.run([sys.executable, "-c", code, str(tmp_path)], stderr=log, stdout=log, check=True, timeout=60)
+    process = msgspec.json.decode((tmp_path / "worker.json").read_bytes(), type=WorkerProcess)
+    worker = psutil.Process(process.pid)
+    for _ in range(5):
+        time.sleep(0.8)
+        assert isinstance(asyncio.run(one(process.port, Health(secret=SECRET))), State)
+    idle = time.monotonic()
+    psutil.wait_procs([worker], timeout=10)
+    assert not worker.is_running()
+    assert 2 < time.monotonic() - idle < 6

@@ -1,0 +1,57 @@
+"""From tokens to the text that may be shown: whole characters, and never a part of a stop string."""
+
+from typing import Protocol
+
+
+class StreamDecoder(Protocol):
+    """What the renderer gives: tokens in, whole characters out."""
+
+    def push(self, token_id: int, /) -> str:
+        """Text that is complete after this token; may be empty."""
+        ...
+
+    def flush(self) -> str:
+        """What is left at the end."""
+        ...
+
+
+class AnswerText:
+    """Turns a row's tokens into text, holding back whatever may still become a stop string."""
+
+    def __init__(self, decoder: StreamDecoder, stop: list[str]) -> None:
+        self._decoder = decoder
+        self._stop = [text for text in stop if text]
+        self._held = ""
+
+    def push(self, token_id: int) -> tuple[str, bool]:
+        """Text that can be shown now, and whether a stop string was met (the text before it is then all there is)."""
+        return self._release(self._decoder.push(token_id))
+
+    def finish(self) -> tuple[str, bool]:
+        """The rest, when the answer ends for another reason; again whether a stop string was met in it."""
+        text, met = self._release(self._decoder.flush())
+        if met:
+            return text, True
+        text, self._held = text + self._held, ""
+        return text, False
+
+    def _release(self, new: str) -> tuple[str, bool]:
+        if not self._stop:
+            return new, False
+        self._held += new
+        places = [place for place in (self._held.find(stop) for stop in self._stop) if place >= 0]
+        if places:
+            text, self._held = self._held[: min(places)], ""
+            return text, True
+        keep = max(_overlap(self._held, stop) for stop in self._stop)
+        text = self._held[: len(self._held) - keep]
+        self._held = self._held[len(self._held) - keep :]
+        return text, False
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that is a beginning (not the whole) of `stop`."""
+    for length in range(min(len(text), len(stop) - 1), 0, -1):
+        if text.endswith(stop[:length]):
+            return length
+    return 0

@@ -1,0 +1,186 @@
+"""Keys and values of all rows in preallocated memory, and attention over them.
+
+Shape legend: R slots, H key/value heads, Q query heads, C tokens of capacity, D head size, T tokens of a step,
+B decoding rows, L cached tokens.
+"""
+
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as functional
+
+from tunewright.engines.batch import Batch, Chunk, Group
+
+BLOCK_TOKENS = 256
+_ALIGNMENT_BYTES = 64
+_KEEP_IDLE_BYTES = 256 * 2**20
+
+
+class SlotCache:
+    """One row of memory per running sequence; grows in rows and in blocks of tokens, up to both limits.
+
+    A slot holds the tokens 0..length-1 of its row from the left; the engine knows the lengths. Memory beyond them is zero
+    or finite leftovers: attention reads padding with weight 0, and 0 times NaN would be NaN (see `clear`).
+    """
+
+    def __init__(self, *, slots: int, context_tokens: int) -> None:
+        self.max_slots = slots
+        self.max_tokens = context_tokens
+        self.slots = 0
+        self.tokens = 0
+        self._keys: dict[int, torch.Tensor] = {}
+        self._values: dict[int, torch.Tensor] = {}
+
+    def reserve(self, slots: int, tokens: int) -> None:
+        """Make room for `slots` rows of `tokens` tokens; contents stay. Layers are allocated when they first write."""
+        if slots > self.max_slots or tokens > self.max_tokens:
+            raise ValueError("the cache cannot hold that many rows or tokens")
+        if slots <= self.slots and tokens <= self.tokens:
+            return
+        if slots > self.slots:
+            slots = min(self.max_slots, max(slots, 2 * self.slots))
+        if tokens > self.tokens:
+            blocks = math.ceil(max(tokens, 1.5 * self.tokens) / BLOCK_TOKENS)
+            tokens = min(self.max_tokens, blocks * BLOCK_TOKENS)
+        slots, tokens = max(slots, self.slots), max(tokens, self.tokens)
+        for store in (self._keys, self._values):
+            for layer, old_RHCD in store.items():
+                new_RHCD = _zeros(slots, old_RHCD.shape[1], tokens, old_RHCD.shape[3], old_RHCD)
+                new_RHCD[: self.slots, :, : self.tokens] = old_RHCD
+                store[layer] = new_RHCD
+        self.slots, self.tokens = slots, tokens
+
+    def move(self, source: int, target: int, length: int) -> None:
+        """Copy the first `length` tokens of a row to another slot."""
+        for store in (self._keys, self._values):
+            for memory_RHCD in store.values():
+                memory_RHCD[target, :, :length] = memory_RHCD[source, :, :length]
+
+    def clear(self, slot: int) -> None:
+        """Zero a row whose numbers were not finite, so that nothing of it reaches the row that comes next."""
+        for store in (self._keys, self._values):
+            for memory_RHCD in store.values():
+                memory_RHCD[slot].zero_()
+
+    def release_if_large(self) -> None:
+        """Give memory back; to be called when no row is running."""
+        size = sum(m.numel() * m.element_size() for store in (self._keys, self._values) for m in store.values())
+        if size > _KEEP_IDLE_BYTES:
+            self._keys.clear()
+            self._values.clear()
+            self.slots = self.tokens = 0
+
+    def write(self, layer: int, key_THD: torch.Tensor, value_THD: torch.Tensor, batch: Batch) -> None:
+        """Store the step's new keys and values of one layer."""
+        if layer not in self._keys:
+            self._keys[layer] = _zeros(self.slots, key_THD.shape[1], self.tokens, key_THD.shape[2], key_THD)
+            self._values[layer] = _zeros(self.slots, value_THD.shape[1], self.tokens, value_THD.shape[2], value_THD)
+        for memory_RHCD, new_THD in ((self._keys[layer], key_THD), (self._values[layer], value_THD)):
+            if batch.lengths:
+                memory_RHCD[batch.decode_slots_B, :, batch.decode_positions_B] = new_THD[batch.decode_tokens_B]
+            for start, end, slot, offset in batch.chunks:
+                memory_RHCD[slot, :, offset : offset + end - start] = new_THD[start:end].transpose(0, 1)
+
+    def attend(
+        self, layer: int, query_TQD: torch.Tensor, batch: Batch, scale: float | None = None, window: int | None = None
+    ) -> torch.Tensor:
+        """Attention of the step's tokens over their own rows, after `write`.
+
+        `window` limits how far back a token sees. Returns [T, Q, D of the values].
+        """
+        keys_RHCD, values_RHCD = self._keys[layer], self._values[layer]
+        out_TQD = query_TQD.new_empty(*query_TQD.shape[:2], values_RHCD.shape[3])
+        for chunk in batch.chunks:
+            self._attend_chunk(out_TQD, query_TQD, keys_RHCD, values_RHCD, chunk, batch, scale, window)
+        if batch.lengths:
+            first = batch.groups[0].start
+            query_BHGD = query_TQD[
+                batch.decode_tokens_B
+            ]  # query heads of one key head side by side: nothing is repeated
+            query_BHGD = query_BHGD.view(len(batch.lengths), keys_RHCD.shape[1], -1, query_TQD.shape[2])
+            parts = [
+                functional.scaled_dot_product_attention(
+                    query_BHGD[group.start - first : group.end - first],
+                    keys_RHCD[group.start : group.end, :, : group.length],
+                    values_RHCD[group.start : group.end, :, : group.length],
+                    attn_mask=_decode_mask(batch, group, window, query_TQD),
+                    scale=scale,
+                )
+                for group in batch.groups
+            ]
+            joined_BHGD = parts[0] if len(parts) == 1 else torch.cat(parts)
+            out_TQD[batch.decode_tokens_B] = joined_BHGD.reshape(len(batch.lengths), *out_TQD.shape[1:])
+        return out_TQD
+
+    def _attend_chunk(
+        self,
+        out_TQD: torch.Tensor,
+        query_TQD: torch.Tensor,
+        keys_RHCD: torch.Tensor,
+        values_RHCD: torch.Tensor,
+        chunk: Chunk,
+        batch: Batch,
+        scale: float | None,
+        window: int | None,
+    ) -> None:
+        start, end, slot, offset = chunk
+        length = offset + end - start
+        plain = offset == 0 and (window is None or length <= window)
+        result_1QTD = functional.scaled_dot_product_attention(
+            query_TQD[start:end].transpose(0, 1)[None],
+            keys_RHCD[slot : slot + 1, :, :length],
+            values_RHCD[slot : slot + 1, :, :length],
+            attn_mask=None if plain else _chunk_mask(batch, chunk, window, query_TQD),
+            is_causal=plain,
+            scale=scale,
+            enable_gqa=query_TQD.shape[1] != keys_RHCD.shape[1],
+        )
+        out_TQD[start:end] = result_1QTD[0].transpose(0, 1)
+
+
+def _zeros(slots: int, heads: int, tokens: int, size: int, like: torch.Tensor) -> torch.Tensor:
+    """Zeros whose memory the operating system hands out only when it is touched (on the processor)."""
+    if like.device.type != "cpu" or like.dtype != torch.float32:
+        return torch.zeros(slots, heads, tokens, size, dtype=like.dtype, device=like.device)
+    count = slots * heads * tokens * size
+    spare = _ALIGNMENT_BYTES // 4
+    flat = np.zeros(count + spare, dtype=np.float32)
+    skip = (-flat.ctypes.data % _ALIGNMENT_BYTES) // 4
+    return torch.from_numpy(flat[skip : skip + count]).view(slots, heads, tokens, size)
+
+
+def _decode_mask(batch: Batch, group: Group, window: int | None, like: torch.Tensor) -> torch.Tensor | None:
+    """Additive [B, 1, 1, L]; None where every row sees all of it."""
+    if group.same and (window is None or group.length <= window):
+        return None
+    key = ("decode", group.start, window)
+    if key not in batch.masks:
+        first = batch.groups[0].start
+        lengths = batch.lengths[group.start - first : group.end - first]
+        length_B1 = torch.tensor(lengths, device=like.device)[:, None]
+        position_1L = torch.arange(group.length, device=like.device)[None]
+        visible_BL = position_1L < length_B1
+        if window is not None:
+            visible_BL &= position_1L >= length_B1 - window
+        batch.masks[key] = _additive(visible_BL, like)[:, None, None]
+    return batch.masks[key]
+
+
+def _chunk_mask(batch: Batch, chunk: Chunk, window: int | None, like: torch.Tensor) -> torch.Tensor:
+    """Additive [1, 1, T of the chunk, L]."""
+    key = ("chunk", chunk.start, window)
+    if key not in batch.masks:
+        n = chunk.end - chunk.start
+        query_T1 = torch.arange(chunk.offset, chunk.offset + n, device=like.device)[:, None]
+        key_1L = torch.arange(chunk.offset + n, device=like.device)[None]
+        visible_TL = key_1L <= query_T1
+        if window is not None:
+            visible_TL &= key_1L > query_T1 - window
+        batch.masks[key] = _additive(visible_TL, like)[None, None]
+    return batch.masks[key]
+
+
+def _additive(visible: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    hidden = torch.finfo(like.dtype).min
+    return torch.zeros(visible.shape, dtype=like.dtype, device=like.device).masked_fill_(~visible, hidden)

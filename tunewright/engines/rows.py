@@ -1,0 +1,158 @@
+"""The sequences that run: their state, and their order in the cache."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import msgspec
+
+from tunewright.deployments.ports import Done, EngineReply, Generate, Prove, TokenText, Trouble, Unload
+from tunewright.engines.adapter_files import Adapter
+from tunewright.engines.adapter_shelf import Key
+from tunewright.engines.answer_text import AnswerText
+from tunewright.engines.batch import Part
+from tunewright.engines.kv_cache import SlotCache
+from tunewright.engines.sampling import Sampler
+from tunewright.errors import TunewrightError
+
+
+@dataclass(eq=False)
+class Ticket:
+    """One request on its way through the engine. `deliver` is called on the engine's thread and must not raise."""
+
+    request: Generate | Prove | Unload
+    deliver: Callable[[EngineReply], None]
+    number: int
+    key: Key | None
+    cancelled: bool = False
+    answered: bool = False
+    closed: bool = False
+
+    def reply(self, *replies: EngineReply) -> None:
+        """Hand replies over, unless nobody wants them any more."""
+        for reply in replies:
+            if not self.cancelled:
+                self.deliver(reply)
+
+    def fail(self, error: TunewrightError) -> None:
+        """End the request with an error."""
+        self.reply(trouble_of(error))
+        self.closed = True
+
+
+def trouble_of(error: TunewrightError) -> Trouble:
+    """The error as a line of the protocol; values that JSON has no word for go as text."""
+    values = {name: msgspec.to_builtins(value, enc_hook=str) for name, value in error.values.items()}
+    return Trouble(kind=error.kind, code=error.code, message=error.message, values=values)
+
+
+@dataclass(eq=False)
+class Row:
+    """A running generation. `cached` counts tokens of prompt and answer whose keys and values are in the cache."""
+
+    ticket: Ticket
+    request: Generate
+    adapter: Adapter | None
+    sampler: Sampler
+    text: AnswerText
+    stop_ids: frozenset[int]
+    cached: int = 0
+    generated: int = 0
+    last_token: int = -1
+    finished: bool = field(default=False)
+
+    @property
+    def decoding(self) -> bool:
+        """Whether the whole prompt is cached, so that each step gives a token."""
+        return self.cached >= len(self.request.prompt_ids)
+
+    def next_part(self, slot: int, budget: int) -> Part:
+        """Its share of the next step: one token when decoding, else at most `budget` of the prompt."""
+        prompt = self.request.prompt_ids
+        if self.decoding:
+            return Part(slot, self.cached, [self.last_token], self.adapter, True, True)
+        tokens = prompt[self.cached : self.cached + budget]
+        return Part(slot, self.cached, tokens, self.adapter, self.cached + len(tokens) == len(prompt), False)
+
+    def accept(self, token: int) -> None:
+        """Take the next token of the answer; replies go out, and `finished` becomes true at the end."""
+        self.generated += 1
+        self.last_token = token
+        met = token in self.stop_ids
+        full = self.generated >= self.request.max_tokens
+        text = ""
+        if not met:
+            text, met = self.text.push(token)
+            self._show(text)
+            if met:
+                return self._finish("stop")
+        if met or full:
+            text, met_in_rest = self.text.finish()
+            self._show(text)
+            self._finish("stop" if met or met_in_rest else "length")
+        return None
+
+    def _show(self, text: str) -> None:
+        if text:
+            self.ticket.reply(TokenText(text=text, n_tokens=self.generated))
+
+    def _finish(self, reason: str) -> None:
+        self.finished = True
+        self.ticket.reply(
+            Done(reason=reason, prompt_tokens=len(self.request.prompt_ids), completion_tokens=self.generated)
+        )
+        self.ticket.closed = True
+
+
+class RunningRows:
+    """Rows by slot: first those that decode, side by side, then those whose prompts are still being read, oldest first."""
+
+    def __init__(self, cache: SlotCache) -> None:
+        self._cache = cache
+        self.rows: list[Row] = []
+        self.n_decoding = 0
+
+    def add(self, row: Row) -> None:
+        """Append a row that has nothing in the cache yet."""
+        self.rows.append(row)
+
+    def remove(self, row: Row, *, poisoned: bool = False) -> None:
+        """Take a row out and close the gap. `poisoned` memory (numbers not finite) is wiped first."""
+        hole = self.rows.index(row)
+        if poisoned:
+            self._cache.clear(hole)
+        if hole < self.n_decoding:
+            last = self.n_decoding - 1
+            self._move(last, hole)
+            self.n_decoding, hole = last, last
+        for slot in range(hole, len(self.rows) - 1):
+            self._move(slot + 1, slot)
+        self.rows.pop()
+
+    def _move(self, source: int, target: int) -> None:
+        if source != target:
+            self.rows[target] = self.rows[source]
+            if self.rows[source].cached:
+                self._cache.move(source, target, self.rows[source].cached)
+
+    def advance(self, row: Row, n_tokens: int) -> None:
+        """Note that `n_tokens` more of a row are cached. Prompts end in the order of their slots."""
+        was_decoding = row.decoding
+        row.cached += n_tokens
+        if row.decoding and not was_decoding:
+            self.n_decoding += 1
+
+    def parts(self, beside_decode: int, alone: int) -> list[tuple[Row, Part]]:
+        """The next step: a token of each decoding row, and prompt tokens up to a budget."""
+        chosen = [(row, row.next_part(slot, 1)) for slot, row in enumerate(self.rows[: self.n_decoding])]
+        budget = beside_decode if chosen else alone
+        for slot in range(self.n_decoding, len(self.rows)):
+            if budget <= 0:
+                break
+            part = self.rows[slot].next_part(slot, budget)
+            budget -= len(part.tokens)
+            chosen.append((self.rows[slot], part))
+        return chosen
+
+    def reserve(self, chosen: list[tuple[Row, Part]]) -> None:
+        """Make room in the cache for a step."""
+        self._cache.reserve(len(self.rows), max(part.offset + len(part.tokens) for _, part in chosen))

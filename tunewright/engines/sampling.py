@@ -1,0 +1,63 @@
+"""Choosing the next token of one row."""
+
+import numpy as np
+
+_FIRST_LOOK = 256
+
+
+class Sampler:
+    """Temperature, nucleus and top-k sampling with a random stream of its own.
+
+    The stream belongs to the request and each token takes exactly one number from it, so the same seed gives the same
+    answer whoever else is being served. Without a seed the stream starts from fresh entropy.
+    """
+
+    def __init__(self, *, temperature: float, top_p: float, top_k: int, seed: int | None) -> None:
+        self.greedy = temperature < 1e-4  # below this, rounding decides anyway
+        self._temperature = temperature
+        self._top_p = top_p
+        self._top_k = top_k
+        self._random = np.random.default_rng(None if seed is None else seed % 2**64)
+
+    def choose(self, logits_V: np.ndarray) -> int:
+        """The id of the next token from finite float32 logits."""
+        if self.greedy:
+            return int(logits_V.argmax())
+        weights_V = np.exp((logits_V - logits_V.max()) / np.float32(self._temperature)).astype(np.float64)
+        ids = self._kept(weights_V)
+        cumulative = np.cumsum(weights_V if ids is None else weights_V[ids])
+        place = int(np.searchsorted(cumulative, self._random.random() * cumulative[-1], side="right"))
+        place = min(place, len(cumulative) - 1)
+        return place if ids is None else int(ids[place])
+
+    def _kept(self, weights_V: np.ndarray) -> np.ndarray | None:
+        """Ids that top_k and top_p leave, ascending; None for all. At least the likeliest token stays."""
+        ids = None
+        if 0 < self._top_k < len(weights_V):
+            ids = _largest(weights_V, self._top_k)
+        if self._top_p < 1:
+            ids = _nucleus(weights_V, ids, self._top_p)
+        return None if ids is None else np.sort(ids)
+
+
+def _largest(weights_V: np.ndarray, k: int) -> np.ndarray:
+    """Ids of the k largest, largest first."""
+    ids = np.argpartition(-weights_V, k - 1)[:k] if k < len(weights_V) else np.arange(len(weights_V))
+    return ids[np.argsort(-weights_V[ids], kind="stable")]
+
+
+def _nucleus(weights_V: np.ndarray, among: np.ndarray | None, top_p: float) -> np.ndarray:
+    """The fewest likeliest ids whose share reaches `top_p`. Looks at a few first: sorting a whole vocabulary is slow."""
+    if among is not None:
+        return _cut(weights_V, among, top_p * weights_V[among].sum())
+    goal = top_p * weights_V.sum()
+    if len(weights_V) > _FIRST_LOOK:
+        ids = _largest(weights_V, _FIRST_LOOK)
+        if weights_V[ids].sum() >= goal:
+            return _cut(weights_V, ids, goal)
+    return _cut(weights_V, _largest(weights_V, len(weights_V)), goal)
+
+
+def _cut(weights_V: np.ndarray, descending: np.ndarray, goal: float) -> np.ndarray:
+    count = int(np.searchsorted(np.cumsum(weights_V[descending]), goal, side="left")) + 1
+    return descending[:count]

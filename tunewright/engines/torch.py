@@ -1,0 +1,370 @@
+"""The embedded engine: continuous batching of the base and any number of adapters on one thread.
+
+Every step takes one token of each decoding row and some prompt tokens of newcomers through the model together. Requests come
+in and replies go out through `submit` and the ticket's `deliver`; nothing else crosses the thread's border.
+"""
+
+import logging
+import math
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+from tunewright.deployments.ports import EngineReply, Generate, Prove, State, Unload, WorkerSpec
+from tunewright.engines.adapter_files import Adapter, adapter_invalid, read_adapter
+from tunewright.engines.adapter_shelf import AdapterShelf, Key, Want
+from tunewright.engines.answer_text import AnswerText, StreamDecoder
+from tunewright.engines.batch import Part, make_batch
+from tunewright.engines.decoder import Decoder
+from tunewright.engines.kv_cache import SlotCache
+from tunewright.engines.placement import Placement
+from tunewright.engines.proof import Probe
+from tunewright.engines.rows import Row, RunningRows, Ticket
+from tunewright.engines.sampling import Sampler
+from tunewright.errors import InvalidRequest, TunewrightError, Unavailable
+from tunewright.i18n import mark
+
+_log = logging.getLogger(__name__)
+
+
+class Engine:
+    """Serves one base. `vocabulary` is the number of token ids that the renderer can decode."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        stream_decoder: Callable[[], StreamDecoder],
+        spec: WorkerSpec,
+        *,
+        vocabulary: int,
+        placement: Placement,
+    ) -> None:
+        self._decoder = decoder
+        self._stream_decoder = stream_decoder
+        self._vocabulary = vocabulary
+        self._worker_id, self._base_code = spec.worker_id, spec.base_code
+        self._slots = spec.slots
+        self._queue = spec.queue
+        self._context_tokens = spec.context_tokens
+        self._threads = spec.threads
+        self._placement = placement
+        self._cache = SlotCache(slots=spec.slots, context_tokens=spec.context_tokens)
+        self._running = RunningRows(self._cache)
+        self._shelf: AdapterShelf[Adapter] = AdapterShelf(spec.adapters)
+        self._probes: list[Probe] = []
+        self._changed = threading.Condition()
+        self._waiting: list[Ticket] = []  # guarded by _changed, oldest first
+        self._loaded: list[tuple[Key, Adapter | TunewrightError]] = []  # guarded by _changed
+        self._wake = False  # guarded by _changed
+        self._stopping = False
+        self._numbers = 0
+        self._loader = ThreadPoolExecutor(1, "adapter-loader")
+        self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
+
+    def start(self) -> None:
+        """Begin to serve."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End after the current step; open requests get no further reply."""
+        with self._changed:
+            self._stopping = True
+            self._changed.notify()
+        self._thread.join()
+        self._loader.shutdown(cancel_futures=True)
+
+    def submit(self, request: Generate | Prove | Unload, deliver: Callable[[EngineReply], None]) -> Ticket:
+        """Queue a request; replies come through `deliver` on the engine's thread.
+
+        Raises InvalidRequest for what can never be served and Unavailable when the queue is full.
+        """
+        key = self._check(request)
+        with self._changed:
+            if not isinstance(request, Unload) and len(self._waiting) >= self._queue:
+                raise Unavailable(
+                    "engine_overloaded", mark("The engine has too many requests waiting; try again soon.")
+                )
+            self._numbers += 1
+            ticket = Ticket(request, deliver, self._numbers, key)
+            self._waiting.append(ticket)
+            self._notify()
+        return ticket
+
+    def cancel(self, ticket: Ticket) -> None:
+        """Nobody wants this request any more: its slot is free after the current step."""
+        with self._changed:
+            ticket.cancelled = True
+            self._notify()
+
+    @property
+    def alive(self) -> bool:
+        """Whether the engine's thread still runs; without it the process is of no use."""
+        return self._thread.is_alive()
+
+    def state(self) -> State:
+        """A snapshot for `Health`."""
+        return State(
+            worker_id=self._worker_id,
+            base_code=self._base_code,
+            active=len(self._running.rows) + len(self._probes),
+            waiting=len(self._waiting),
+            slots=self._slots,
+            adapters=self._shelf.ids(),
+        )
+
+    def _notify(self) -> None:
+        self._wake = True
+        self._changed.notify()
+
+    def _check(self, request: Generate | Prove | Unload) -> Key | None:
+        if isinstance(request, Unload):
+            return None
+        prompts = request.prompts if isinstance(request, Prove) else [request.prompt_ids]
+        answer = request.max_tokens if isinstance(request, Generate) else 0
+        allowed = range(min(self._vocabulary, self._decoder.n_embeddings))
+        if not prompts or not all(prompts) or any(i not in allowed for prompt in prompts for i in prompt):
+            raise InvalidRequest(
+                "invalid_prompt", mark("The prompt is empty or has tokens that this base does not know.")
+            )
+        if isinstance(request, Generate) and answer < 1:
+            raise InvalidRequest("invalid_max_tokens", mark("max_tokens must be at least 1."), param="max_tokens")
+        longest = max(map(len, prompts))
+        if longest + answer > self._context_tokens:
+            raise InvalidRequest(
+                "context_length_exceeded",
+                mark(
+                    "{prompt} prompt tokens and up to {answer} answer tokens are more than the limit of {limit} tokens."
+                ),
+                prompt=longest,
+                answer=answer,
+                limit=self._context_tokens,
+            )
+        if request.adapter_id is None:
+            return None
+        if not request.adapter_path or not request.adapter_sha256:
+            raise adapter_invalid(["its path or sha256 is missing from the request"])
+        return Key(request.adapter_id, request.adapter_sha256)
+
+    def _loop(self) -> None:
+        if self._threads:
+            torch.set_num_threads(self._threads)
+        with torch.inference_mode():
+            while not self._stopping:
+                with self._changed:
+                    while not (self._wake or self._stopping or self._running.rows or self._probes):
+                        self._changed.wait()
+                    self._wake = False
+                try:
+                    self._drop_cancelled()
+                    self._admit()
+                    self._step()
+                except Exception:
+                    _log.exception("the engine's loop failed; all running requests end")
+                    self._fail_everything()
+
+    def _drop_cancelled(self) -> None:
+        with self._changed:
+            self._waiting = [t for t in self._waiting if isinstance(t.request, Unload) or not t.cancelled]
+        for row in [row for row in self._running.rows if row.ticket.cancelled]:
+            self._end(row)
+        for probe in [probe for probe in self._probes if probe.ticket.cancelled]:
+            self._end_probe(probe)
+
+    def _admit(self) -> None:
+        self._take_loaded()
+        with self._changed:
+            waiting = list(self._waiting)
+        barriers = self._unload(waiting)
+        candidates = [
+            ticket
+            for ticket in waiting
+            if not isinstance(ticket.request, Unload)
+            and not ticket.closed
+            and not (ticket.key and barriers.get(ticket.key.adapter_id, math.inf) < ticket.number)
+        ]
+        wants = [Want(ticket.key, isinstance(ticket.request, Generate)) for ticket in candidates]
+        decision = self._shelf.decide(wants, self._slots - len(self._running.rows))
+        for index in decision.admit:
+            self._begin(candidates[index])
+        for key in decision.evict:
+            self._shelf.evict(key)
+        for key in decision.load:
+            self._shelf.begin_load(key)
+            request = next(ticket.request for ticket in candidates if ticket.key == key)
+            if not isinstance(request, Unload) and request.adapter_path is not None:
+                self._loader.submit(self._load, key, Path(request.adapter_path))
+        gone = {id(candidates[index]) for index in decision.admit}
+        with self._changed:
+            self._waiting = [ticket for ticket in self._waiting if id(ticket) not in gone and not ticket.closed]
+
+    def _unload(self, waiting: list[Ticket]) -> dict[str, int]:
+        """Forget adapters whose users have all ended; returns adapter id -> number of the `Unload` that still waits.
+
+        The answer goes out at once, for the caller need not wait; newer requests for the adapter do.
+        """
+        barriers: dict[str, int] = {}
+        for ticket in waiting:
+            if not isinstance(ticket.request, Unload) or ticket.closed:
+                continue
+            adapter_id = ticket.request.adapter_id
+            older = any(t.key and t.key.adapter_id == adapter_id and t.number < ticket.number for t in waiting)
+            ticket.closed = not older and self._shelf.forget(adapter_id)
+            if not ticket.closed:
+                barriers.setdefault(adapter_id, ticket.number)
+            if not ticket.answered:
+                ticket.answered = True
+                ticket.reply(self.state())
+        return barriers
+
+    def _load(self, key: Key, folder: Path) -> None:
+        """On the loader's thread."""
+        started = time.perf_counter()
+        result: Adapter | TunewrightError
+        try:
+            pairs, tensors = read_adapter(folder, key.sha256, self._decoder.linears)
+            result = Adapter(key.adapter_id, tensors, self._decoder.prepare(pairs))
+            result.load_ms = (time.perf_counter() - started) * 1000
+        except TunewrightError as error:
+            result = error
+        except Exception:
+            _log.exception("loading an adapter failed")
+            result = _engine_error()
+        with self._changed:
+            self._loaded.append((key, result))
+            self._notify()
+
+    def _take_loaded(self) -> None:
+        with self._changed:
+            loaded, self._loaded = self._loaded, []
+            waiting = list(self._waiting)
+        for key, result in loaded:
+            self._shelf.end_load(key, result if isinstance(result, Adapter) else None)
+            if isinstance(result, TunewrightError):
+                for ticket in waiting:
+                    if ticket.key == key:
+                        ticket.fail(result)
+
+    def _begin(self, ticket: Ticket) -> None:
+        adapter = self._shelf.take(ticket.key) if ticket.key else None
+        request = ticket.request
+        try:
+            if isinstance(request, Prove) and adapter is not None:
+                self._probes.append(Probe(ticket, request, adapter))
+            elif isinstance(request, Generate):
+                self._running.add(self._row(ticket, request, adapter))
+        except Exception:
+            _log.exception("a request could not begin")
+            ticket.fail(_engine_error())
+            if ticket.key:
+                self._shelf.give_back(ticket.key)
+
+    def _row(self, ticket: Ticket, request: Generate, adapter: Adapter | None) -> Row:
+        sampler = Sampler(temperature=request.temperature, top_p=request.top_p, top_k=request.top_k, seed=request.seed)
+        text = AnswerText(self._stream_decoder(), request.stop)
+        return Row(ticket, request, adapter, sampler, text, frozenset(request.stop_ids))
+
+    def _end(self, row: Row, *, poisoned: bool = False) -> None:
+        self._running.remove(row, poisoned=poisoned)
+        if row.ticket.key:
+            self._shelf.give_back(row.ticket.key)
+        if not self._running.rows:
+            self._cache.release_if_large()
+
+    def _end_probe(self, probe: Probe) -> None:
+        self._probes.remove(probe)
+        if probe.ticket.key:
+            self._shelf.give_back(probe.ticket.key)
+
+    def _step(self) -> None:
+        if self._probes:
+            self._step_probe(self._probes[0])
+        chosen = self._running.parts(self._placement.prompt_tokens_beside_decode, self._placement.prompt_tokens_alone)
+        if not chosen:
+            return
+        try:
+            self._run(chosen)
+        except Exception:
+            _log.exception("a step failed; its %d rows run one by one to find the culprit", len(chosen))
+            for row, part in chosen:
+                self._run_alone(row, len(part.tokens))
+        finally:
+            if not self._running.rows or self._waiting:
+                self._wake = True  # slots or adapters may have become free
+
+    def _run_alone(self, row: Row, n_tokens: int) -> None:
+        if row not in self._running.rows:
+            return
+        try:
+            self._run([(row, row.next_part(self._running.rows.index(row), n_tokens))])
+        except Exception:
+            _log.exception("request %s failed", row.request.request_id)
+            row.ticket.fail(_engine_error())
+            self._end(row, poisoned=True)
+
+    def _run(self, chosen: list[tuple[Row, Part]]) -> None:
+        """One forward pass; rows take their tokens and those that are done leave. Raises before any row has changed."""
+        self._running.reserve(chosen)
+        batch = make_batch([part for _, part in chosen], self._decoder.device)
+        logits_WV = self._decoder.logits(batch, self._cache)[:, : self._vocabulary]
+        best_W, ids_W = (tensor.tolist() for tensor in logits_WV.max(dim=-1)) if batch.wanted_order else ([], [])
+        tokens: dict[int, int | None] = {}
+        for place, index in enumerate(batch.wanted_order):
+            if not math.isfinite(best_W[place]):
+                tokens[index] = None
+            elif (sampler := chosen[index][0].sampler).greedy:
+                tokens[index] = ids_W[place]
+            else:
+                tokens[index] = sampler.choose(logits_WV[place].cpu().numpy())
+        for row, part in chosen:
+            self._running.advance(row, len(part.tokens))
+        for index, token in tokens.items():
+            self._take_token(chosen[index][0], token)
+
+    def _take_token(self, row: Row, token: int | None) -> None:
+        if token is None:
+            row.ticket.fail(
+                TunewrightError("not_finite", mark("The model's numbers ran out of range; this request was stopped."))
+            )
+            return self._end(row, poisoned=True)
+        try:
+            row.accept(token)
+        except Exception:
+            _log.exception("request %s failed", row.request.request_id)
+            row.ticket.fail(_engine_error())
+            row.finished = True
+        if row.finished:
+            self._end(row)
+        return None
+
+    def _step_probe(self, probe: Probe) -> None:
+        busy = bool(self._running.rows)
+        budget = self._placement.prompt_tokens_beside_decode if busy else self._placement.prompt_tokens_alone
+        try:
+            proof = probe.advance(self._decoder, budget)
+        except TunewrightError as error:
+            probe.ticket.fail(error)
+        except Exception:
+            _log.exception("a proof failed")
+            probe.ticket.fail(_engine_error())
+        else:
+            if proof is None:
+                return
+            probe.ticket.reply(proof)
+        self._end_probe(probe)
+        self._wake = True
+
+    def _fail_everything(self) -> None:
+        for row in list(self._running.rows):
+            row.ticket.fail(_engine_error())
+            self._end(row, poisoned=True)
+        for probe in list(self._probes):
+            probe.ticket.fail(_engine_error())
+            self._end_probe(probe)
+
+
+def _engine_error() -> TunewrightError:
+    return TunewrightError("engine_error", mark("The engine failed on this request; other requests are not affected."))
