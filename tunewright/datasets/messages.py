@@ -53,7 +53,7 @@ def kind_of(value: dict[str, Any]) -> str:
 def check_row(row: Row, value: dict[str, Any]) -> str:
     """Complain about one chat, function or image row; the answer is its kind."""
     kind = kind_of(value)
-    if value.keys() - _ROW_FIELDS:
+    if len(value) > 1 and value.keys() - _ROW_FIELDS:
         tools.check_old_functions(row, value)
         row.unknown_fields(value, _ROW_FIELDS | {"functions", "function_call"}, ())
     offered = tools.check_tools(row, value.get("tools"), ("tools",))
@@ -170,16 +170,16 @@ def _check_weight(row: Row, weight: object, path: Path) -> None:
 
 def _check_order(row: Row, roles: list[str], kind: str) -> None:
     for i in range(1, len(roles)):
-        place: Path = ("messages", i, "role")
         if roles[i] == "system":
-            row.error("system_not_first", mark("line {line}, {field} is system; only the first message may be"), place)
+            sentence = mark("line {line}, {field} is system; only the first message may be")
+            row.error("system_not_first", sentence, ("messages", i, "role"))
         elif roles[i] == roles[i - 1] and roles[i] in ("user", "assistant"):
             if kind in (IMAGE_UNDERSTANDING, IMAGE_GENERATION) and roles[i] == "user":
                 continue  # a text and an image, each in a turn of its own: the usual form of image rows
             row.warn(
                 "roles_not_alternating",
                 mark("line {line}, {field} is {role} like the message before; user and assistant should take turns"),
-                place,
+                ("messages", i, "role"),
                 role=roles[i],
             )
     first = 1 if roles[0] == "system" else 0
@@ -216,10 +216,14 @@ def _check_answers(row: Row, messages: list[dict[str, Any]], roles: list[str], k
                 place,
                 role=roles[-1],
             )
-    weights = [message.get("weight", 1) for message, role in zip(messages, roles, strict=True) if role == "assistant"]
-    if all(type(weight) is int and weight == 0 for weight in weights):
+    if not any(role == "assistant" and _teaches(message) for message, role in zip(messages, roles, strict=True)):
         row.error(
             "nothing_to_train",
             mark("line {line}: every assistant message has weight 0, so {field} teaches nothing"),
             ("messages",),
         )
+
+
+def _teaches(message: dict[str, Any]) -> bool:
+    weight = message.get("weight", 1)
+    return type(weight) is not int or weight != 0
