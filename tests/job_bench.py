@@ -101,7 +101,7 @@ class Bench:
             if tx.projects.get(PROJECT) is None:
                 tx.projects.insert(Project(id=PROJECT, number="1000000001", name="test", created_at=wall_s()))
 
-    def new_controller(self) -> JobController:
+    def new_controller(self, lease_holder: str | None = None) -> JobController:
         """As after a restart of the server: nothing remembered, not the parent of any trainer it finds."""
         self.runners.append(LocalRunner())
         return JobController(
@@ -114,7 +114,7 @@ class Bench:
             self.runners[-1],
             self.prover,
             trainer_module=TRAINER,
-            lease_ttl_s=0.3,
+            lease_holder=lease_holder,
         )
 
     def upload(self, rows: int = 3, purpose: str = "fine-tune", kind: str | None = "chat", **orders: Any) -> str:

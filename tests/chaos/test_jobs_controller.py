@@ -344,7 +344,7 @@ def test_replaying_a_journal_adds_nothing(bench: Bench) -> None:
 def test_a_second_loop_does_nothing_while_the_first_has_the_lease(bench: Bench) -> None:
     job = bench.create(steps=300)
     bench.until_step(job.id, 1)
-    second = bench.new_controller()
+    second = bench.new_controller(lease_holder="another home")
     assert second.run_once() is False
     with bench.storage.write() as tx:
         assert tx.leases.take("jobs", "me", now_ms=wall_ms(), ttl_ms=1) is None

@@ -14,7 +14,7 @@ import structlog
 from tunewright.accounts.idempotency import forget_expired
 from tunewright.clock import mono_s
 from tunewright.errors import TunewrightError
-from tunewright.jobs.lease import TTL_S, Lease
+from tunewright.jobs.lease import Lease, holder_of
 from tunewright.jobs.moves import Moves
 from tunewright.jobs.ports import Prover, Runner
 from tunewright.jobs.preparation import Preparation
@@ -36,7 +36,10 @@ _LONGEST_BACK_OFF_S = 10.0
 
 
 class JobController:
-    """`start()` runs it in a thread of its own; tests may call `run_once()` instead. Only the holder of the lease acts."""
+    """`start()` runs it in a thread of its own; tests may call `run_once()` instead.
+
+    Only the holder of the lease acts: one for each home unless `lease_holder` names it otherwise.
+    """
 
     def __init__(
         self,
@@ -50,11 +53,11 @@ class JobController:
         prover: Prover,
         *,
         trainer_module: str = "tunewright.recipes.run",
-        lease_ttl_s: float = TTL_S,
+        lease_holder: str | None = None,
     ) -> None:
         self._storage = storage
         self._settings = settings
-        self._lease = Lease(storage, "jobs", lease_ttl_s)
+        self._lease = Lease(storage, "jobs", lease_holder or holder_of(home.root))
         self._trainers = Trainers(home.jobs, runner, trainer_module, settings.heartbeat_limit_s)
         self._moves = Moves(
             storage,

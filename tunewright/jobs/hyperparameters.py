@@ -2,7 +2,8 @@
 
 `parse` runs when a job is created and refuses what can never be right; `resolve` runs once the rows are counted.
 
-How 'auto' is resolved (measured with SmolLM2-135M, see `BASE_LEARNING_RATE`):
+How 'auto' is resolved. Seen once with SmolLM2-135M-Instruct on 16 short identity rows, all on auto (4 epochs, 64 steps):
+the loss falls from 2.4 to 0.12.
 
 - `batch_size`: rows // 64, at least 1, at most 16. A pass over the data is then about 64 optimizer steps, whatever its size.
 - `n_epochs`: 3, or as many as make 60 optimizer steps where the data is tiny, at most 10.

@@ -1,8 +1,10 @@
 """One active control loop: the lease in the database, held by renewing it."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tunewright.clock import mono_s, wall_ms
+from tunewright.files_on_disk import write_atomically
 from tunewright.ids import random_text
 
 if TYPE_CHECKING:
@@ -16,11 +18,11 @@ class Lease:
     """Renewed at most once a second. Its expiry in the database is wall time, which machines share; whether *this* holder
     still trusts it is judged by the monotonic clock."""
 
-    def __init__(self, storage: "Storage", name: str, ttl_s: float = TTL_S) -> None:
+    def __init__(self, storage: "Storage", name: str, holder: str, ttl_s: float = TTL_S) -> None:
         self._storage = storage
         self._name = name
         self._ttl_s = ttl_s
-        self._holder = random_text(20)
+        self._holder = holder
         self._renewed_s: float | None = None
 
     def held(self) -> bool:
@@ -39,3 +41,15 @@ class Lease:
             self._renewed_s = None
             with self._storage.write() as tx:
                 tx.leases.release(self._name, self._holder)
+
+
+def holder_of(home: Path) -> str:
+    """The name under which the server of this home takes leases. It is kept in the home: a server that comes back after
+    a kill is the same holder and need not wait for its own lease to expire. The home's lock keeps a second one out."""
+    path = home / "server.id"
+    try:
+        return path.read_text("ascii")
+    except FileNotFoundError:
+        holder = random_text(20)
+        write_atomically(path, holder.encode("ascii"))
+        return holder
