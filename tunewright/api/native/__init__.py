@@ -1,0 +1,1 @@
+"""What neither dialect has, under /api/v1, and the probes."""

@@ -1,0 +1,1 @@
+"""The dialect of the Zhipu SDKs, under /api/paas/v4."""

@@ -1,0 +1,112 @@
+"""Files over HTTP: what both dialects share."""
+
+from collections.abc import AsyncGenerator, Iterator
+from typing import Annotated
+from urllib.parse import quote as percent_encoded
+
+from fastapi import APIRouter, Query, Request
+from starlette.concurrency import run_in_threadpool
+from starlette.responses import StreamingResponse
+
+from tunewright.api.answers import Json
+from tunewright.api.auth import CallerOf
+from tunewright.api.body import router_at
+from tunewright.api.idempotency import UploadIdempotencyOf
+from tunewright.api.lists import After, Ascending, Limit, clamped, page
+from tunewright.api.multipart import boundary_of, read_form
+from tunewright.api.renderings import file_object
+from tunewright.api.services import DatasetsOf
+from tunewright.api.threads import to_the_end
+
+MOST_FILES = 10_000
+
+_UPLOAD_SCHEMA = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "required": ["purpose", "file"],
+                    "properties": {"purpose": {"type": "string"}, "file": {"type": "string", "format": "binary"}},
+                }
+            }
+        },
+    }
+}
+
+Purpose = Annotated[str | None, Query(max_length=64)]
+
+
+class FileRoutes:
+    """The routes. `page_size` is how many files a list without `limit` holds."""
+
+    def __init__(self, page_size: int) -> None:
+        self._page_size = page_size
+
+    def router(self, prefix: str) -> APIRouter:
+        """A router with all of them."""
+        router = router_at(prefix)
+        router.add_api_route("/files", self.create, methods=["POST"], openapi_extra=_UPLOAD_SCHEMA)
+        router.add_api_route("/files", self.list_files, methods=["GET"])
+        router.add_api_route("/files/{file_id}", self.retrieve, methods=["GET"])
+        router.add_api_route("/files/{file_id}", self.delete, methods=["DELETE"])
+        router.add_api_route("/files/{file_id}/content", self.content, methods=["GET"])
+        return router
+
+    async def create(
+        self, request: Request, caller: CallerOf, datasets: DatasetsOf, idempotency: UploadIdempotencyOf
+    ) -> Json:
+        """Upload a file. It is checked row by row; what is wrong with it leaves nothing behind."""
+        boundary_of(request)  # before the disk is touched
+        upload = await run_in_threadpool(datasets.begin_upload, caller.project_id)
+        try:
+            form = await read_form(request, upload)
+            file = await to_the_end(upload.finish, form.filename or "", form.fields["purpose"], idempotency=idempotency)
+        except BaseException:
+            upload.abort()  # unlinks a file; quick enough for the loop, and a cancelled task can't wait for a thread
+            raise
+        return Json(file_object(file))
+
+    def list_files(
+        self,
+        caller: CallerOf,
+        datasets: DatasetsOf,
+        after: After,
+        ascending: Ascending,
+        purpose: Purpose = None,
+        limit: Limit = None,
+    ) -> Json:
+        """Newest first unless `order` says otherwise."""
+        size = clamped(limit, self._page_size, MOST_FILES)
+        found, more = datasets.list(
+            caller.project_id, purpose=purpose or None, after=after, limit=size, ascending=ascending
+        )
+        return Json(page(found, more, file_object))
+
+    def retrieve(self, file_id: str, caller: CallerOf, datasets: DatasetsOf) -> Json:
+        """One file."""
+        return Json(file_object(datasets.get(caller.project_id, file_id)))
+
+    def delete(self, file_id: str, caller: CallerOf, datasets: DatasetsOf) -> Json:
+        """Remove a file that no unfinished job uses."""
+        file = datasets.delete(caller.project_id, file_id)
+        return Json({"id": file.id, "object": "file", "deleted": True})
+
+    async def content(self, file_id: str, caller: CallerOf, datasets: DatasetsOf) -> StreamingResponse:
+        """The bytes as they were uploaded. Always whole: ranges are not served."""
+        file, chunks = await run_in_threadpool(datasets.content, caller.project_id, file_id)
+        first = await run_in_threadpool(next, chunks, b"")  # what is wrong with the blob still has a status
+        headers = {
+            "Content-Length": str(file.size_bytes),
+            "Content-Disposition": f"attachment; filename*=UTF-8''{percent_encoded(file.filename, safe='')}",
+            "Cache-Control": "no-store",
+            "Accept-Ranges": "none",
+        }
+        return StreamingResponse(_chunks(first, chunks), media_type="application/octet-stream", headers=headers)
+
+
+async def _chunks(first: bytes, rest: Iterator[bytes]) -> AsyncGenerator[bytes, None]:
+    yield first
+    while chunk := await run_in_threadpool(next, rest, b""):
+        yield chunk

@@ -1,0 +1,193 @@
+"""Fine-tuning jobs over HTTP: what both dialects share. Their own `fine_tuning.py` says how they word a job."""
+
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Request
+from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
+
+from tunewright.api.access import exchange_of
+from tunewright.api.answers import Json
+from tunewright.api.auth import CallerOf
+from tunewright.api.body import router_at
+from tunewright.api.errors import invalid, missing
+from tunewright.api.idempotency import IdempotencyOf
+from tunewright.api.lists import After, Limit, MetadataFilter, clamped, page
+from tunewright.api.refusals import NOT_ON_CREATE, refuse
+from tunewright.api.renderings import checkpoint_object, deleted_model, event_object, job_object
+from tunewright.api.services import JobsOf, ModelsOf
+from tunewright.errors import InvalidRequest, quote
+from tunewright.i18n import mark
+from tunewright.jobs.records import Job
+from tunewright.jobs.service import CreateJob
+
+MOST_JOBS = 100
+MOST_EVENTS = 1000
+MOST_CHECKPOINTS = 100
+
+_Text = Annotated[Any, WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "null"}]})]
+_NumberOrAuto = {"anyOf": [{"type": "number"}, {"type": "string"}, {"type": "null"}]}
+_Hyperparameters = Annotated[
+    Any,
+    WithJsonSchema(
+        {
+            "type": "object",
+            "properties": dict.fromkeys(("n_epochs", "batch_size", "learning_rate_multiplier", "beta"), _NumberOrAuto),
+        }
+    ),
+]
+
+
+class CreateBody(BaseModel):
+    """What a create call may hold. The job service checks the values; unknown keys are ignored, dangerous ones refused."""
+
+    model_config = ConfigDict(extra="ignore", populate_by_name=True)
+
+    model: _Text = None
+    training_file: _Text = None
+    validation_file: _Text = None
+    hyperparameters: _Hyperparameters = None
+    suffix: _Text = None
+    seed: Annotated[Any, WithJsonSchema({"anyOf": [{"type": "integer"}, {"type": "null"}]})] = None
+    method: Annotated[Any, WithJsonSchema({"type": "object", "properties": {"type": {"type": "string"}}})] = None
+    training_type: Annotated[Any, WithJsonSchema({"enum": ["lora", "full", None]})] = None
+    metadata: Annotated[Any, WithJsonSchema({"type": "object", "additionalProperties": {"type": "string"}})] = None
+    request_id: _Text = None
+    java_request_id: _Text = Field(default=None, alias="requestId")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_names(cls, body: Any) -> Any:
+        return refuse(body, NOT_ON_CREATE)
+
+
+def create_job(body: CreateBody) -> CreateJob:
+    """The neutral request. `method` wins over the top-level `hyperparameters`. Raises InvalidRequest for a broken method."""
+    method, hyperparameters = _method(body.method)
+    return CreateJob(
+        model=body.model,
+        training_file=body.training_file,
+        validation_file=body.validation_file,
+        suffix=body.suffix,
+        seed=body.seed,
+        method=method,
+        training_type="lora" if body.training_type is None else body.training_type,
+        hyperparameters=body.hyperparameters if hyperparameters is None else hyperparameters,
+        metadata=body.metadata,
+        request_id=body.request_id if body.request_id is not None else body.java_request_id,
+    )
+
+
+def _method(method: Any) -> tuple[Any, Any]:
+    if method is None:
+        return "supervised", None
+    if isinstance(method, str):
+        return method, None
+    if not isinstance(method, dict):
+        raise invalid("method", mark("{field} must be an object, not {value}."), value=quote(method))
+    kind = method.get("type")
+    if kind is None:
+        raise missing("method.type")
+    if not isinstance(kind, str):
+        raise invalid("method.type", mark("{field} must be text, not {value}."), value=quote(kind))
+    settings = method.get(kind)
+    if settings is not None and not isinstance(settings, dict):
+        raise InvalidRequest(
+            "invalid_value",
+            mark("{field} must be an object, not {value}."),
+            param=f"method.{quote(kind)}",
+            field=f"method.{quote(kind)}",
+            value=quote(settings),
+        )
+    return kind, settings.get("hyperparameters") if settings else None
+
+
+class JobRoutes:
+    """The routes. `words` are the dialect's names for our states, `name_shown` when it shows the name of the tuned model.
+
+    Handlers are plain functions: the services block, and the framework runs them in threads.
+    """
+
+    def __init__(self, words: Mapping[str, str], name_shown: Callable[[Job], str | None]) -> None:
+        self._words = words
+        self._name_shown = name_shown
+
+    def router(self, prefix: str) -> APIRouter:
+        """A router with all of them."""
+        router = router_at(prefix)
+        jobs = "/fine_tuning/jobs"
+        router.add_api_route(jobs, self.create, methods=["POST"])
+        router.add_api_route(jobs, self.list_jobs, methods=["GET"])
+        router.add_api_route(jobs + "/{job_id}", self.retrieve, methods=["GET"])
+        router.add_api_route(jobs + "/{job_id}", self.delete, methods=["DELETE"])
+        router.add_api_route(jobs + "/{job_id}/cancel", self.cancel, methods=["POST"])
+        router.add_api_route(jobs + "/{job_id}/pause", self.pause, methods=["POST"])
+        router.add_api_route(jobs + "/{job_id}/resume", self.resume, methods=["POST"])
+        router.add_api_route(jobs + "/{job_id}/events", self.events, methods=["GET"])
+        router.add_api_route(jobs + "/{job_id}/checkpoints", self.checkpoints, methods=["GET"])
+        router.add_api_route("/fine_tuning/fine_tuned_models/{name:path}", self.delete_model, methods=["DELETE"])
+        return router
+
+    def shown(self, request: Request, job: Job) -> dict[str, Any]:
+        """The job in this dialect's words and the request's language."""
+        return job_object(job, self._words, self._name_shown(job), exchange_of(request.scope).language)
+
+    def create(
+        self, request: Request, body: CreateBody, caller: CallerOf, jobs: JobsOf, idempotency: IdempotencyOf
+    ) -> Json:
+        """Create a job, or find the one that the same request made before."""
+        return Json(self.shown(request, jobs.create(caller.project_id, create_job(body), idempotency)))
+
+    def list_jobs(
+        self,
+        request: Request,
+        caller: CallerOf,
+        jobs: JobsOf,
+        after: After,
+        metadata: MetadataFilter,
+        limit: Limit = None,
+    ) -> Json:
+        """Newest first."""
+        found, more = jobs.list(caller.project_id, after=after, limit=clamped(limit, 20, MOST_JOBS), metadata=metadata)
+        return Json(page(found, more, lambda job: self.shown(request, job)))
+
+    def retrieve(self, request: Request, job_id: str, caller: CallerOf, jobs: JobsOf) -> Json:
+        """One job."""
+        return Json(self.shown(request, jobs.get(caller.project_id, job_id)))
+
+    def delete(self, request: Request, job_id: str, caller: CallerOf, jobs: JobsOf) -> Json:
+        """Remove an ended job; the answer is its last state."""
+        return Json(self.shown(request, jobs.delete(caller.project_id, job_id)) | {"deleted": True})
+
+    def cancel(self, request: Request, job_id: str, caller: CallerOf, jobs: JobsOf) -> Json:
+        """Cancel; a second time changes nothing."""
+        return Json(self.shown(request, jobs.cancel(caller.project_id, job_id)))
+
+    def pause(self, request: Request, job_id: str, caller: CallerOf, jobs: JobsOf) -> Json:
+        """Save a checkpoint and wait."""
+        return Json(self.shown(request, jobs.pause(caller.project_id, job_id)))
+
+    def resume(self, request: Request, job_id: str, caller: CallerOf, jobs: JobsOf) -> Json:
+        """Go on from the last checkpoint."""
+        return Json(self.shown(request, jobs.resume(caller.project_id, job_id)))
+
+    def events(
+        self, request: Request, job_id: str, caller: CallerOf, jobs: JobsOf, after: After, limit: Limit = None
+    ) -> Json:
+        """Newest first."""
+        language = exchange_of(request.scope).language
+        found, more = jobs.events(caller.project_id, job_id, after=after, limit=clamped(limit, 20, MOST_EVENTS))
+        return Json(page(found, more, lambda event: event_object(event, language)))
+
+    def checkpoints(self, job_id: str, caller: CallerOf, jobs: JobsOf, after: After, limit: Limit = None) -> Json:
+        """Newest first."""
+        job = jobs.get(caller.project_id, job_id)
+        found, more = jobs.checkpoints(
+            caller.project_id, job_id, after=after, limit=clamped(limit, 10, MOST_CHECKPOINTS)
+        )
+        return Json(page(found, more, lambda checkpoint: checkpoint_object(checkpoint, job)))
+
+    def delete_model(self, request: Request, name: str, caller: CallerOf, models: ModelsOf) -> Json:
+        """Remove a tuned model; a second time gives the same answer."""
+        models.delete(caller.project_id, name)
+        return Json(deleted_model(name, exchange_of(request.scope).request_id))

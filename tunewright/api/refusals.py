@@ -1,0 +1,33 @@
+"""Parameters that are refused by name, whatever their value."""
+
+from typing import Any
+
+from tunewright.errors import InvalidRequest
+from tunewright.i18n import mark
+
+NEVER = frozenset(
+    {"trust_remote_code", "model_path", "output_dir", "api_base", "chat_template", "chat_template_kwargs"}
+)
+"""They would choose code, files, servers or templates, which are the operator's to choose."""
+NOT_ON_CREATE = NEVER | {"status", "id", "tenant_id", "project_id", "fine_tuned_model"}
+"""Also those that the server decides."""
+
+
+def refuse(body: Any, names: frozenset[str]) -> Any:
+    """`body` as it came. Raises InvalidRequest (`unknown_parameter`) if it holds one of `names`."""
+    if isinstance(body, dict) and not names.isdisjoint(body):
+        name = min(names.intersection(body))
+        raise InvalidRequest(
+            "unknown_parameter", mark("The parameter {field} is not taken here."), param=name, field=name
+        )
+    return body
+
+
+def unsupported(name: str, param: str | None = None) -> InvalidRequest:
+    """A parameter of the dialect that this server can't honour, so that ignoring it would change the answer."""
+    return InvalidRequest(
+        "unsupported_parameter",
+        mark("The parameter {field} is not supported by this server; leave it out."),
+        param=param or name,
+        field=name,
+    )

@@ -1,0 +1,130 @@
+"""The objects that both dialects show, as supersets; what differs comes in as an argument."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from tunewright.datasets.records import File
+from tunewright.i18n import translate
+from tunewright.jobs.records import Job, JobCheckpoint, JobEvent
+from tunewright.models.service import Card
+
+_PUBLIC_HYPERPARAMETERS = ("n_epochs", "batch_size", "learning_rate_multiplier")
+
+
+def file_object(file: File) -> dict[str, Any]:
+    """`samples` is the number of rows of a training file."""
+    shown: dict[str, Any] = {
+        "id": file.id,
+        "object": "file",
+        "bytes": file.size_bytes,
+        "created_at": file.created_at,
+        "filename": file.filename,
+        "purpose": file.purpose,
+        "status": file.status,
+        "status_details": None,
+    }
+    if file.rows is not None:
+        shown["samples"] = file.rows
+    if file.kind is not None:
+        shown["kind"] = file.kind
+    if file.report.get("text_stats"):
+        shown["text_stats"] = file.report["text_stats"]
+    return shown
+
+
+def job_object(job: Job, words: Mapping[str, str], fine_tuned_model: str | None, language: str) -> dict[str, Any]:
+    """`words` are the dialect's names for our states; our own is in `state`."""
+    hyperparameters = _hyperparameters(job)
+    return {
+        "id": job.id,
+        "object": "fine_tuning.job",
+        "request_id": job.request_id,
+        "created_at": job.created_at,
+        "running_at": job.running_at,
+        "finished_at": job.finished_at,
+        "estimated_finish": job.estimated_finish,
+        "model": job.model,
+        "fine_tuned_model": fine_tuned_model,
+        "status": words[job.status],
+        "state": job.status,
+        "training_file": job.training_file,
+        "validation_file": job.validation_file,
+        "training_type": job.training_type,
+        "hyperparameters": hyperparameters,
+        "method": {"type": job.method, job.method: {"hyperparameters": hyperparameters}},
+        "user_provided_suffix": job.suffix,
+        "seed": job.seed,
+        "metadata": job.metadata,
+        "integrations": [],
+        "organization_id": job.project_id,
+        "trained_tokens": job.trained_tokens,
+        "result_files": list(job.result_files),
+        "rows": job.rows or None,
+        "progress": {"step": job.step, "total_steps": job.total_steps},
+        "error": _job_error(job, language),
+    }
+
+
+def event_object(event: JobEvent, language: str) -> dict[str, Any]:
+    """One line of a job's history, its sentence in `language`."""
+    return {
+        "object": "fine_tuning.job.event",
+        "id": event.id,
+        "type": event.type,
+        "created_at": event.created_at,
+        "level": event.level,
+        "code": event.code,
+        "message": translate(event.message, language, **event.values),
+        "data": event.data,
+    }
+
+
+def checkpoint_object(checkpoint: JobCheckpoint, job: Job) -> dict[str, Any]:
+    """A checkpoint of `job`."""
+    return {
+        "object": "fine_tuning.job.checkpoint",
+        "id": checkpoint.id,
+        "created_at": checkpoint.created_at,
+        "fine_tuned_model_checkpoint": f"{job.tuned_model_name}:ckpt-step-{checkpoint.step}",
+        "fine_tuning_job_id": job.id,
+        "metrics": checkpoint.metrics,
+        "step_number": checkpoint.step,
+    }
+
+
+def model_object(card: Card) -> dict[str, Any]:
+    """A base or tuned model; `parent` is the base of a tuned one."""
+    return {
+        "id": card.id,
+        "object": "model",
+        "created": card.created,
+        "owned_by": card.owned_by,
+        "parent": card.parent,
+    }
+
+
+def deleted_model(name: str, request_id: str) -> dict[str, Any]:
+    """The answers of both dialects in one body."""
+    return {
+        "id": name,
+        "object": "model",
+        "deleted": True,
+        "request_id": request_id,
+        "model_name": name,
+        "delete_status": "deleted",
+    }
+
+
+def _hyperparameters(job: Job) -> dict[str, Any]:
+    """What was asked for, with the number in the place of each 'auto' once it is known."""
+    shown: dict[str, Any] = dict.fromkeys(_PUBLIC_HYPERPARAMETERS, "auto") | job.requested
+    if job.method == "dpo":
+        shown.setdefault("beta", "auto")
+    return {name: job.hyperparameters.get(name, value) for name, value in shown.items()}
+
+
+def _job_error(job: Job, language: str) -> dict[str, Any] | None:
+    if job.error is None:
+        return None
+    message = translate(job.error.message, language, **job.error.values)
+    return {"code": job.error.code, "message": message, "param": job.error.param}

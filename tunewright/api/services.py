@@ -1,0 +1,38 @@
+"""The services that routes name in their signatures; they live on `app.state.platform`."""
+
+from typing import Annotated
+
+from fastapi import Depends, Request
+
+from tunewright.completions.service import CompletionService
+from tunewright.datasets.service import DatasetService
+from tunewright.jobs.service import JobService
+from tunewright.models.service import ModelService
+from tunewright.wiring import Platform
+
+
+async def _platform(request: Request) -> Platform:
+    return request.app.state.platform
+
+
+async def _datasets(request: Request) -> DatasetService:
+    return request.app.state.platform.datasets
+
+
+async def _jobs(request: Request) -> JobService:
+    return request.app.state.platform.jobs
+
+
+async def _models(request: Request) -> ModelService:
+    return request.app.state.platform.models
+
+
+async def _completions(request: Request) -> CompletionService:
+    return request.app.state.platform.completions
+
+
+PlatformOf = Annotated[Platform, Depends(_platform)]
+DatasetsOf = Annotated[DatasetService, Depends(_datasets)]
+JobsOf = Annotated[JobService, Depends(_jobs)]
+ModelsOf = Annotated[ModelService, Depends(_models)]
+CompletionsOf = Annotated[CompletionService, Depends(_completions)]
