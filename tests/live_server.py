@@ -52,7 +52,8 @@ class LiveServer:
             raise RuntimeError("no stdout")
         line = self._process.stdout.readline()
         if not line:
-            raise RuntimeError(self.log.read_text()[-2000:])
+            code = self._end(0)
+            raise RuntimeError(f"exit code {code}: {self.log.read_text()[-2000:]}")
         self.address = line.split()[-1]
         return self
 
@@ -75,7 +76,8 @@ class LiveServer:
     def _end(self, number: int) -> int:
         if self._process is None:
             return 0
-        self._process.send_signal(number)
+        if number:
+            self._process.send_signal(number)
         code = self._process.wait(40)
         if self._process.stdout is not None:
             self._process.stdout.close()

@@ -62,10 +62,10 @@ def serve(
     configure_logging(settings.log_level)
     listener = _listen(settings)
     platform = build(settings)
+    platform.start()  # here and not in the app's lifespan, so that what the operator must mend ends in one line
     asgi = create_app(platform)
     address = f"http://{settings.host}:{listener.getsockname()[1]}"
-    threading.Thread(target=_announce, args=(platform, address), daemon=True).start()
-    _run(platform, asgi, listener)
+    _run(platform, asgi, listener, address)
 
 
 @keys_app.command("create")
@@ -204,24 +204,26 @@ def _listen(settings: Settings) -> socket.socket:
 
 
 def _announce(platform: "Platform", address: str) -> None:
-    """Tell a person where the server is, once it answers; the first key is shown this once."""
+    """Tell a person where the server is; the first key is shown this once."""
     language = platform.settings.language
-    while platform.not_ready():
-        if platform.stopping.wait(0.02):
-            return
     typer.echo(translate(mark("Tunewright listens on {address}"), language, address=address))
     if platform.first_key:
         shown = mark("First API key (kept in {path}): {key}")
         typer.echo(translate(shown, language, path=platform.home.first_key, key=platform.first_key))
 
 
-def _run(platform: "Platform", asgi: object, listener: socket.socket) -> None:
+def _run(platform: "Platform", asgi: object, listener: socket.socket, address: str) -> None:
     import uvicorn
 
     settings = platform.settings
 
     class Server(uvicorn.Server):
         """Uvicorn whose first signal fails readiness and ends event streams before connections are closed."""
+
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets)
+            if self.started:
+                _announce(platform, address)
 
         def handle_exit(self, sig: int, frame: object) -> None:
             if platform.stopping.is_set() or not settings.drain_delay_s:

@@ -47,13 +47,15 @@ class Platform:
         self.controller = JobController(
             self.storage, self.blobs, self.catalogue, self.models, self.home, settings, runner, self.pool
         )
+        self.jobs.on_change = self.controller.wake
         self.completions = CompletionService(self.models, self.pool, settings)
         self.stopping = threading.Event()
         """Set when the server begins to drain: readiness fails, event streams end."""
         self.first_key: str | None = None
         """The key made at the very first start, to be shown once."""
         self._lock_stream: IO[str] | None = None
-        self._ready: tuple[float, list[str]] = (0.0, ["starting"])
+        self._started = False
+        self._checked: tuple[float, list[str]] = (float("-inf"), [])
 
     def prepare(self) -> None:
         """Schema at head, first project and key. Raises Misconfigured for a home that this release can't use."""
@@ -61,11 +63,17 @@ class Platform:
         self.first_key = self.accounts.first_start()
 
     def start(self) -> None:
-        """Become the server of this home: recover what an earlier one left, then run the control loop."""
+        """Become the server of this home: recover what an earlier one left, then run the control loop.
+
+        Does nothing the second time. Raises Misconfigured (`home_in_use`, a database of another release, ...).
+        """
+        if self._started:
+            return
         self._take_lock()
         self.prepare()
         self.datasets.sweep()
         self.controller.start()
+        self._started = True
         log.info("started", home=str(self.home.root))
 
     def stop(self) -> None:
@@ -82,10 +90,12 @@ class Platform:
         """Names of the checks that fail now; empty means ready. Looked at afresh at most once a second."""
         if self.stopping.is_set():
             return ["draining"]
-        checked_at, failed = self._ready
+        if not self._started:
+            return ["starting"]
+        checked_at, failed = self._checked
         if mono_s() - checked_at >= 1.0:
             failed = self._check()
-            self._ready = (mono_s(), failed)
+            self._checked = (mono_s(), failed)
         return failed
 
     def _check(self) -> list[str]:

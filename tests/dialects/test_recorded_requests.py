@@ -3,6 +3,7 @@
 import http.client
 import json
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ RECORDED = [
 ]
 _FILE_ID = re.compile(r"file-\d{17}-abcde|file-v|file-x")
 _JOB_ID = re.compile(r"ftjob-\d{17}-abcde")
+_EVENT_ID = re.compile(r"ftevent-\d(?!\d)")
 _MODEL_NAME = "glm-4-9b:1000001:demo_test:ab12cd34"
 
 # (method, path pattern) -> expected status on the Zhipu prefix, on the OpenAI prefix. First match wins.
@@ -45,6 +47,7 @@ REFUSED = {
     "chat image data-uri (client strips prefix)": 400,  # a text model
     "chat image data-uri (kept)": 400,
     "plain key without dot, /v1 prefix": 401,
+    "chat.completions.create(all)": 400,  # response_format json_object
     "files.create(file=bytes)": 400,  # {"a": 1} is no image row
 }
 
@@ -64,7 +67,9 @@ def things(live_server: LiveServer, tuned_model: str) -> dict[str, str]:
     file_id = live_server.upload(chat_rows())
     other_id = live_server.upload(chat_rows(5))
     job_id = live_server.create_job(file_id, suffix="replayed")
-    return {"file": file_id, "validation": other_id, "job": job_id, "model": tuned_model}
+    with live_server.api() as api:
+        event_id = api.get(f"/fine_tuning/jobs/{job_id}/events").json()["data"][0]["id"]
+    return {"file": file_id, "validation": other_id, "job": job_id, "model": tuned_model, "event": event_id}
 
 
 @pytest.mark.parametrize("request_", RECORDED, ids=[f"{i}-{r['sdk']}-{r['call']}" for i, r in enumerate(RECORDED)])
@@ -99,6 +104,8 @@ def fresh(request: dict[str, Any], server: LiveServer, things: dict[str, str]) -
             with server.api() as api:
                 api.post(f"/fine_tuning/jobs/{things['job']}/cancel").raise_for_status()
             server.wait(things["job"])
+        while server.job(things["job"])["status"] == "validating_files":
+            time.sleep(0.05)
         if target.endswith("/resume"):
             with server.api() as api:
                 api.post(f"/fine_tuning/jobs/{things['job']}/pause").raise_for_status()
@@ -114,6 +121,7 @@ def replay(request: dict[str, Any], server: LiveServer, things: dict[str, str]) 
     def put_ids(text: str) -> str:
         text = text.replace("file-v", things["validation"])
         text = _FILE_ID.sub(things["file"], text)
+        text = _EVENT_ID.sub(things["event"], text)
         return _JOB_ID.sub(things["job"], text).replace(_MODEL_NAME, things["model"])
 
     headers = {name: value for name, value in request["headers"] if name not in ("Content-Length", "Connection")}

@@ -38,7 +38,7 @@ def test_a_second_server_on_one_home_refuses(live_server: LiveServer) -> None:
     try:
         second.start()
     except RuntimeError as error:
-        assert "Another server runs on" in str(error)
+        assert str(error).startswith("exit code 78: tunewright: Another server runs on"), error
     else:
         second.stop()
         raise AssertionError("two servers share a home")

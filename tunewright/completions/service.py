@@ -48,7 +48,7 @@ class CompletionService:
         """
         with self._slot(caller):
             base, tuned, renderer, prompt = await asyncio.to_thread(self._prepare, caller, request)
-            answer = AnswerParser(tools_offered=_offers_tools(request))
+            answer = AnswerParser(_offers_tools(request), reasoning_open=renderer.opens_reasoning)
             called = False
             async with aclosing(
                 self._pool.generate(base, tuned, self._order(base, request, renderer, prompt))
