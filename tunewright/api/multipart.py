@@ -3,6 +3,7 @@
 The parser is python-multipart's; here is what parts may be there and how big they are. Parts may come in any order.
 """
 
+import logging
 import re
 from typing import Protocol
 
@@ -15,6 +16,8 @@ from tunewright.api.threads import to_the_end
 from tunewright.datasets.records import PURPOSES
 from tunewright.errors import InvalidRequest, TooLarge, UnsupportedMedia, quote
 from tunewright.i18n import mark
+
+logging.getLogger("python_multipart").setLevel(logging.ERROR)  # what is wrong with a form is told to its sender
 
 MOST_PARTS = 8
 MOST_FIELD_BYTES = 64 * 1024
