@@ -108,8 +108,7 @@ def test_stopping_anywhere_and_resuming_changes_no_bit(tmp_path: Path, base: Pat
         first = train_here(spec, stop_at=stop_at)
         assert first[-1] == Stopped(step=stop_at)
         second = train_here(next_attempt(spec))
-        started = second[0]
-        assert isinstance(started, Started) or isinstance(second[1], Started)
+        assert isinstance(second[0], Started) and second[0].resumed_step == stop_at
         assert losses(first) | losses(second) == losses(whole)
         assert min(losses(second)) == stop_at + 1
         assert metrics(second)[0].elapsed_s > metrics(first)[-1].elapsed_s
@@ -149,6 +148,7 @@ def test_a_corrupt_checkpoint_is_passed_over(tmp_path: Path, base: Path) -> None
     content[-5] ^= 1
     damaged.write_bytes(content)
     second = train_here(next_attempt(spec))
+    assert isinstance(second[0], Started)  # before the note
     assert codes(second) == ["checkpoint_corrupt"]
     assert min(losses(second)) == 6  # resumed from step 5
     assert finished(second) == finished(whole)
@@ -301,7 +301,9 @@ def test_memory_that_runs_out_twice_fails_with_advice(
     tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(flattened, "summed_loss", Memory(2))
-    error = failed(train_here(write_job(tmp_path / "job", base)))
+    found = train_here(write_job(tmp_path / "job", base))
+    assert codes(found) == ["micro_batch_halved"]
+    error = failed(found)
     assert error.code == "out_of_memory"
     assert error.values == {"batch_size": 2, "max_length": 128}
 
@@ -327,6 +329,9 @@ def test_learning_rate_goes_up_and_then_down_to_a_tenth() -> None:
 
 
 def test_what_counts_as_out_of_memory() -> None:
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**48)
+    assert text.is_out_of_memory(caught.value)
     assert text.is_out_of_memory(MemoryError())
     assert text.is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
     assert text.is_out_of_memory(OSError(12, "Cannot allocate memory"))

@@ -5,7 +5,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-from tunewright.jobs.spec import JournalRecord, Note, TrainingSpec
+from tunewright.jobs.spec import Failed, JournalRecord, Note, Started, Stopped, TrainingSpec
 from tunewright.recipes.journal_writer import JournalWriter
 
 
@@ -26,14 +26,21 @@ class Attempt:
         self.journal = journal
         self.inputs_verified = inputs_verified
         self.stop = threading.Event()
+        self._waiting: list[JournalRecord] | None = []
 
     def write(self, record: JournalRecord) -> None:
-        """Append to the journal."""
-        self.journal.write(record)
+        """Append to the journal. What is told before Started waits for it, because Started is the first record of an attempt
+        that gets so far; an attempt that does not ends with its notes and its last record."""
+        if self._waiting is not None and not isinstance(record, Started | Failed | Stopped):
+            self._waiting.append(record)
+            return
+        waiting, self._waiting = self._waiting or [], None
+        for one in [record, *waiting] if isinstance(record, Started) else [*waiting, record]:
+            self.journal.write(one)
 
     def note(self, code: str, message: str, *, level: str = "warning", **values: Any) -> None:
         """Tell the user something that is no error. `message` is a marked English template for `values`."""
-        self.journal.write(Note(level=level, code=code, message=message, values=values))
+        self.write(Note(level=level, code=code, message=message, values=values))
 
     def go_on(self) -> None:
         """Return if work may continue. Raises Superseded or StopRequested."""

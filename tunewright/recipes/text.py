@@ -28,8 +28,8 @@ from tunewright.recipes import adapters, checkpoints, flattened, packing
 from tunewright.recipes.attempt import Attempt, StopRequested
 from tunewright.rendering.renderer import renderer_of
 
-TOKEN_BUDGET = 2048
-"""Tokens of one forward pass: beyond it a CPU gains nothing, and memory grows."""
+TOKEN_BUDGET = 1024
+"""Tokens of one forward pass. On a CPU 2048 is no faster and takes 2 GB more (135 M parameters, measured)."""
 FINAL_LEARNING_RATE = 0.1
 """Part of the peak learning rate at which the cosine ends."""
 CLIP_NORM = 1.0
