@@ -91,7 +91,8 @@ async def run(port: int, process: psutil.Process, vocabulary: int, n: int, adapt
     tokens = sum(count for _, count in results)
     ttft_ms = 1000 * statistics.median(first_s for first_s, _ in results)
     what = f"{len(adapters)} adapters" if adapters else "base only"
-    return f"{what:<12} {n:>3} concurrent  {tokens / elapsed_s:7.1f} tok/s {tokens / busy_s:7.1f} tok/CPU-s  TTFT p50 {ttft_ms:7.0f} ms"
+    speed = f"{tokens / elapsed_s:7.1f} tok/s {tokens / busy_s:7.1f} tok/CPU-s"
+    return f"{what:<12} {n:>3} concurrent  {speed}  TTFT p50 {ttft_ms:7.0f} ms"
 
 
 def main() -> None:
