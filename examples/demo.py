@@ -22,6 +22,7 @@ from zhipuai import ZhipuAI
 
 BASE = "smollm2-135m"
 DATA = Path(__file__).parent / "data" / "bakery.jsonl"
+HYPERPARAMETERS = {"n_epochs": 4, "batch_size": 4, "learning_rate_multiplier": 2.5}
 QUESTIONS = ("Who are you?", "Are you open on Sundays?", "Do you sell gluten-free bread?")
 TUNEWRIGHT = [sys.executable, "-m", "tunewright.cli"]
 
@@ -83,7 +84,7 @@ def run(home: Path, port: int, once: bool) -> int:
 def train(client: Any, file_id: str) -> str | None:
     """Create the job and show its progress; the tuned model's name, or None if the job failed."""
     job = client.fine_tuning.jobs.create(
-        model=BASE, training_file=file_id, suffix="bakery", hyperparameters={"n_epochs": 8, "batch_size": 8}
+        model=BASE, training_file=file_id, suffix="bakery", hyperparameters=HYPERPARAMETERS
     )
     console.print(f"   {job.id}")
     columns = (
