@@ -3,7 +3,6 @@
 import fcntl
 import os
 import threading
-from typing import IO
 
 import structlog
 
@@ -53,7 +52,7 @@ class Platform:
         """Set when the server begins to drain: readiness fails, event streams end."""
         self.first_key: str | None = None
         """The key made at the very first start, to be shown once."""
-        self._lock_stream: IO[str] | None = None
+        self._lock: int | None = None
         self._started = False
         self._checked: tuple[float, list[str]] = (float("-inf"), [])
 
@@ -82,9 +81,9 @@ class Platform:
         self.controller.stop()
         self.pool.stop()
         self.storage.close()
-        if self._lock_stream is not None:
-            self._lock_stream.close()
-            self._lock_stream = None
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
     def not_ready(self) -> list[str]:
         """Names of the checks that fail now; empty means ready. Looked at afresh at most once a second."""
@@ -111,18 +110,17 @@ class Platform:
         return failed
 
     def _take_lock(self) -> None:
-        stream = open(self.home.server_lock, "a+")  # held open for the life of the server
-        os.chmod(self.home.server_lock, 0o600)
+        lock = os.open(self.home.server_lock, os.O_RDWR | os.O_CREAT, 0o600)
         try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            stream.close()
+            os.close(lock)
             raise Misconfigured(
                 "home_in_use",
                 mark("Another server runs on {home}; stop it, or choose another --home."),
                 home=self.home.root,
             ) from None
-        self._lock_stream = stream
+        self._lock = lock
 
 
 def build(settings: Settings) -> Platform:
