@@ -19,6 +19,8 @@ from tunewright.i18n import mark, translate
 from tunewright.settings import Settings
 
 if TYPE_CHECKING:
+    from rich.progress import TaskID
+
     from tunewright.wiring import Platform
 
 EXIT_MISCONFIGURED = 78  # EX_CONFIG of sysexits: tells a supervisor that trying again is no use
@@ -107,19 +109,28 @@ def pull_model(
     ] = None,
 ) -> None:
     """Fetch a base model of the catalogue, convert it once and verify it."""
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.filesize import decimal
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     from tunewright.models.pull import pull
 
     catalogue = _prepared(home).catalogue
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description:<8}"),
+        BarColumn(),
+        TextColumn("{task.fields[done]}"),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns) as progress:
-        tasks: dict[str, int] = {}
+        tasks: dict[str, TaskID] = {}
 
         def show(stage: str, done: int, total: int) -> None:
+            """One line a stage; sizes where the stage moves bytes, else how many of how many."""
+            moves_bytes = stage in ("download", "unpack")
+            text = f"{decimal(done)}/{decimal(total)}" if moves_bytes and total else f"{done}/{total or '?'}"
             if stage not in tasks:
-                tasks[stage] = progress.add_task(stage, total=total or None)
-            progress.update(tasks[stage], completed=done, total=total or None)  # type: ignore[arg-type]
+                tasks[stage] = progress.add_task(stage, total=total or None, done=text)
+            progress.update(tasks[stage], completed=done, total=total or None, done=text)
 
         base = pull(catalogue, code, show, wheel=wheel)
     typer.echo(f"{base.code}: {base.path}")

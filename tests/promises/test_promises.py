@@ -57,6 +57,29 @@ def test_every_setting_is_in_the_operations_page(name: str) -> None:
     assert f"`TUNEWRIGHT_{name.upper()}`" in (ROOT / "docs" / "operations.md").read_text("utf-8")
 
 
+ERROR_CLASSES = {
+    "AuthenticationFailed", "Conflict", "IdempotencyMismatch", "InvalidRequest", "Misconfigured", "NotFound",
+    "PermissionDenied", "RateLimited", "StorageFull", "TooLarge", "Unavailable", "UnsupportedMedia",
+}  # fmt: skip
+
+
+def test_every_error_code_is_documented() -> None:
+    """In docs/api.md for callers or docs/operations.md for operators."""
+    manual = "".join((ROOT / "docs" / name).read_text("utf-8") for name in ("api.md", "operations.md"))
+    missing = {
+        f"{path}:{node.lineno} {node.args[0].value}"
+        for path, tree in trees()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Name)
+        and node.func.id in ERROR_CLASSES
+        and node.args
+        and isinstance(node.args[0], ast.Constant)
+        and f"`{node.args[0].value}`" not in manual
+    }
+    assert not missing, "\n".join(sorted(missing))
+
+
 BANNED_IMPORTS = {
     "pickle",
     "cPickle",
