@@ -12,20 +12,27 @@ from typing import TYPE_CHECKING, Annotated
 
 import structlog
 import typer
+from pydantic import ValidationError
 
 from tunewright import __version__
 from tunewright.errors import Misconfigured, TunewrightError
 from tunewright.i18n import mark, translate
-from tunewright.settings import Settings
+from tunewright.settings import HomeFolder, Settings
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
 
+    from tunewright.models.catalogue import Catalogue
     from tunewright.wiring import Platform
 
 EXIT_MISCONFIGURED = 78  # EX_CONFIG of sysexits: tells a supervisor that trying again is no use
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help="Tunewright: upload, train, deploy, call.")
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Tunewright: upload, train, deploy, call.",
+)
 keys_app = typer.Typer(no_args_is_help=True, help="API keys.")
 models_app = typer.Typer(no_args_is_help=True, help="Base models.")
 app.add_typer(keys_app, name="keys")
@@ -39,8 +46,7 @@ def main() -> None:
     try:
         app()
     except TunewrightError as error:
-        language = "zh" if Settings().language == "zh" else "en"
-        typer.echo(f"tunewright: {error.text(language)}", err=True)
+        typer.echo(f"tunewright: {error.text(_language())}", err=True)
         sys.exit(EXIT_MISCONFIGURED if isinstance(error, Misconfigured) else 1)
 
 
@@ -114,7 +120,7 @@ def pull_model(
 
     from tunewright.models.pull import pull
 
-    catalogue = _prepared(home).catalogue
+    catalogue = _catalogue(home)
     columns = (
         TextColumn("{task.description:<8}"),
         BarColumn(),
@@ -144,20 +150,20 @@ def add_model(
     licence: Annotated[str, typer.Option(help="Shown in the catalogue")] = "unknown",
 ) -> None:
     """Add a local folder in Hugging Face layout (safetensors, no code) to the catalogue."""
-    base = _prepared(home).catalogue.add(folder, code, licence=licence)
+    base = _catalogue(home).add(folder, code, licence=licence)
     typer.echo(f"{base.code}: {base.path}")
 
 
 @models_app.command("alias")
 def alias_model(alias: str, code: str, home: Home = None) -> None:
     """Let ALIAS answer from the base CODE (the guide's `glm-4-flash`, say)."""
-    _prepared(home).catalogue.set_alias(alias, code)
+    _catalogue(home).set_alias(alias, code)
 
 
 @models_app.command("list")
 def list_models(home: Home = None) -> None:
     """List the catalogue and what of it is on this machine."""
-    for base in _prepared(home).catalogue.all():
+    for base in _catalogue(home).all():
         state = "pulled" if base.path else "-"
         typer.echo("\t".join((base.code, state, base.licence, ",".join(base.aliases), base.name)))
 
@@ -186,7 +192,30 @@ def _settings(home: Path | None, **given: object) -> Settings:
     values = {name: value for name, value in given.items() if value is not None}
     if home is not None:
         values["home"] = home
-    return Settings(**values)  # type: ignore[arg-type]
+    try:
+        return Settings(**values)  # type: ignore[arg-type]
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        name = "TUNEWRIGHT_" + str(wrong["loc"][0]).upper()
+        raise Misconfigured(
+            "invalid_setting", mark("{name} (or its option) is wrong: {reason}"), name=name, reason=wrong["msg"]
+        ) from None
+
+
+def _language() -> str:
+    try:
+        return Settings().language
+    except ValidationError:
+        return "en"
+
+
+def _catalogue(home: Path | None) -> "Catalogue":
+    """The catalogue alone: commands on base models leave the database and its first key to the server."""
+    from tunewright.models.catalogue import Catalogue
+
+    folder = HomeFolder(_settings(home).home)
+    folder.create()
+    return Catalogue(folder)
 
 
 def _prepared(home: Path | None) -> "Platform":
