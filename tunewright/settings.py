@@ -7,6 +7,9 @@ from typing import Literal
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from tunewright.errors import Misconfigured
+from tunewright.i18n import mark
+
 
 class Settings(BaseSettings):
     """Operator settings; units are in the names. `docs/operations.md` lists them all (a test compares)."""
@@ -50,6 +53,9 @@ class Settings(BaseSettings):
     engine_context_tokens: int = Field(default=4096, ge=64, description="Longest prompt plus answer that is served")
     engine_start_limit_s: float = Field(default=120.0, gt=0, description="A worker not ready after this is a failure")
     engine_idle_exit_s: float = Field(default=120.0, gt=0, description="An orphaned idle worker ends itself after this")
+    engine_silence_limit_s: float = Field(
+        default=8.0, gt=0, description="An engine worker that says nothing for this long is killed"
+    )
     max_completion_tokens: int = Field(default=1024, ge=1, description="Answer length when a request names none")
     max_streams_per_key: int = Field(default=50, ge=1, description="Completions one key may have under way")
     drain_delay_s: float = Field(default=0.0, ge=0, description="Time between 'not ready' and closing on SIGTERM")
@@ -74,10 +80,18 @@ class HomeFolder:
         self.temporary = self.root / "tmp"
 
     def create(self) -> None:
-        """Create the folders that are missing; existing ones keep what they hold."""
-        self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
-        for folder in (self.blobs, self.bases, self.adapters, self.jobs, self.workers, self.temporary):
-            folder.mkdir(mode=0o700, exist_ok=True)
+        """Create the folders that are missing; existing ones keep what they hold. Raises Misconfigured (`home_unusable`)."""
+        try:
+            self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+            for folder in (self.blobs, self.bases, self.adapters, self.jobs, self.workers, self.temporary):
+                folder.mkdir(mode=0o700, exist_ok=True)
+        except OSError as error:
+            raise Misconfigured(
+                "home_unusable",
+                mark("The folder {path} can't be used: {reason}"),
+                path=self.root,
+                reason=error.strerror or "?",
+            ) from error
 
 
 _WORKER_VARIABLES = (

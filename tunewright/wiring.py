@@ -47,6 +47,7 @@ class Platform:
             self.storage, self.blobs, self.catalogue, self.models, self.home, settings, runner, self.pool
         )
         self.jobs.on_change = self.controller.wake
+        self.models.on_delete = self.pool.forget
         self.completions = CompletionService(self.models, self.pool, settings)
         self.stopping = threading.Event()
         """Set when the server begins to drain: readiness fails, event streams end."""
@@ -71,6 +72,9 @@ class Platform:
         self._take_lock()
         self.prepare()
         self.datasets.sweep()
+        self.jobs.sweep()
+        self.models.sweep()
+        self.pool.start()
         self.controller.start()
         self._started = True
         log.info("started", home=str(self.home.root))
@@ -79,7 +83,8 @@ class Platform:
         """End the control loop and the engines; trainers as `settings.on_shutdown` says. Safe to call twice."""
         self.stopping.set()
         self.controller.stop()
-        self.pool.stop()
+        if self._lock is not None:  # only who holds the home may end what runs in it
+            self.pool.stop()
         self.storage.close()
         if self._lock is not None:
             os.close(self._lock)

@@ -355,6 +355,28 @@ def test_models(storage: Storage, ours: Project) -> None:
             tx.models.change(older, name="other")
 
 
+def test_what_the_sweep_may_remove(storage: Storage, ours: Project, theirs: Project) -> None:
+    """Only what was deleted, or will never be made; never what the database does not know."""
+    states = ("running", "failed", "cancelled")
+    going = [
+        job(p.id, status=state, tuned_model_id=f"model-{state}-{p.id}") for p in (ours, theirs) for state in states
+    ]
+    made = [model(j.project_id, id=j.tuned_model_id, job_id=j.id, status="training", proof={}) for j in going]
+    ready = [model(ours.id), model(ours.id, status="deleted", deleted_at=NOON)]
+    removed = job(theirs.id, status="succeeded", deleted_at=NOON)
+    with storage.write() as tx:
+        for each in (*going, removed):
+            tx.jobs.insert(each)
+        for each in (*made, *ready):
+            tx.models.insert(each)
+    with storage.read() as tx:
+        asked = [each.id for each in (*made, *ready)] + [f"unknown-{n}" for n in range(1000)]
+        over = [m.id for m, j in zip(made, going, strict=True) if j.status != "running"]
+        assert sorted(tx.models.gone(asked)) == sorted([*over, ready[1].id])
+        assert tx.models.gone(asked[:1]) == tx.models.gone([]) == []
+        assert tx.jobs.deleted([each.id for each in going] + [removed.id, "unknown"]) == [removed.id]
+
+
 def test_idempotency_rows(storage: Storage, ours: Project) -> None:
     with storage.write() as tx:
         tx.idempotency.insert(ours.id, "route", "k", "f1", "r1", NOON)

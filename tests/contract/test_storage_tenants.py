@@ -26,6 +26,8 @@ NOT_OF_A_TENANT = {
     ("projects", "all"),
     ("keys", "find"),
     ("jobs", "unfinished"),
+    ("jobs", "deleted"),
+    ("models", "gone"),
     ("idempotency", "forget_before"),
     ("leases", "take"),
     ("leases", "release"),

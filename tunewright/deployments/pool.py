@@ -1,6 +1,8 @@
 """The pool: one engine worker per base model, shared by the base and by every LoRA model tuned from it.
 
 A worker is started by the first request that needs it, found again after a restart of the server, and replaced when it dies.
+A keeper thread asks each one from time to time how it is: that keeps those that outlived an earlier server from ending
+themselves, and tells the frozen from the busy.
 The folder `workers/{base}` holds what is needed for that: `spec.json` (with the secret), `worker.json` and the log.
 """
 
@@ -8,6 +10,7 @@ import asyncio
 import secrets
 import threading
 from collections.abc import AsyncGenerator
+from concurrent.futures import Future
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any
@@ -17,8 +20,8 @@ import structlog
 
 from tunewright.clock import mono_s
 from tunewright.deployments.ports import Done, Generate, Prove, TokenText, WorkerProcess, WorkerSpec
-from tunewright.deployments.worker_client import WorkerClient, WorkerGone
-from tunewright.errors import InvalidRequest, Unavailable
+from tunewright.deployments.worker_client import WorkerClient, WorkerGone, WorkerSlow
+from tunewright.errors import InvalidRequest, TunewrightError, Unavailable
 from tunewright.files_on_disk import write_atomically
 from tunewright.i18n import mark
 from tunewright.jobs.ports import Runner
@@ -31,6 +34,7 @@ log = structlog.get_logger()
 
 _WORKER_MODULE = "tunewright.engines.worker"
 _MAX_BACKOFF_S = 30.0
+_PING_EVERY_S = 2.0
 
 
 class _Worker(msgspec.Struct, frozen=True):
@@ -46,11 +50,12 @@ class Pool:
         self._settings = settings
         self._runner = runner
         self._workers: dict[str, _Worker] = {}
-        self._starting: dict[str, threading.Lock] = {}
+        self._starting: dict[str, Future[_Worker]] = {}
         self._lock = threading.Lock()
         self._failures: dict[str, tuple[int, float]] = {}
         """Base -> (starts that failed in a row, monotonic second before which no other is tried)."""
-        self._stopping = False
+        self._stopping = threading.Event()
+        self._keeper: threading.Thread | None = None
 
     # -- what others call ---------------------------------------------------------------------------------------------
 
@@ -59,7 +64,7 @@ class Pool:
     ) -> AsyncGenerator[TokenText | Done, None]:
         """The answer piece by piece. A worker that dies before the first piece costs the caller nothing but time.
 
-        Raises Unavailable (`engine_not_ready`, `engine_lost`, `engine_overloaded`) or what the engine refuses.
+        Raises Unavailable (`engine_not_ready`, `engine_lost`, `engine_busy`, `engine_overloaded`) or what the engine refuses.
         """
         if tuned is not None:
             request = msgspec.structs.replace(
@@ -69,7 +74,7 @@ class Pool:
                 adapter_sha256=tuned.adapter_sha256,
             )
         for last_try in (False, True):
-            worker = self._workers.get(base.code) or await asyncio.to_thread(self.ensure, base)
+            worker = self._workers.get(base.code) or await asyncio.wrap_future(self._ready(base))
             started = False
             try:
                 async with aclosing(worker.client.generate(request)) as replies:
@@ -77,21 +82,16 @@ class Pool:
                         started = True
                         yield reply
                 return
+            except WorkerSlow:
+                raise _busy() from None
             except WorkerGone:
-                self._drop(base.code, worker)
+                await self._ask(base.code, worker)
                 if started or last_try:
-                    raise Unavailable("engine_lost", mark("The engine stopped while it answered; try again.")) from None
+                    raise _lost() from None
 
     def warm(self, base: Base) -> None:
-        """Start the worker of `base` in the background, if it is not there."""
-
-        def start() -> None:
-            try:
-                self.ensure(base)
-            except Unavailable as error:
-                log.warning("engine_warm_up_failed", base=base.code, code=error.code)
-
-        threading.Thread(target=start, name=f"warm-{base.code}", daemon=True).start()
+        """Start the worker of `base` in the background, if it is not there. Whoever needs it learns how that went."""
+        self._ready(base)
 
     def prove(self, base: Base, model: TunedModel) -> dict[str, Any]:
         """Load the adapter of `model` into the pool and measure its effect on the canary prompts (see jobs/ports.py)."""
@@ -105,50 +105,84 @@ class Pool:
         )
         try:
             proof = asyncio.run(worker.client.prove(request))
+        except WorkerSlow:
+            raise _busy() from None
         except WorkerGone:
-            self._drop(base.code, worker)
-            raise Unavailable("engine_lost", mark("The engine stopped while it answered; try again.")) from None
+            asyncio.run(self._ask(base.code, worker))
+            raise _lost() from None
         return msgspec.to_builtins(proof)
 
     def forget(self, model: TunedModel) -> None:
-        """Drop a deleted model's adapter from its worker; no error if there is none."""
+        """Drop a deleted model's adapter from its worker. Returns at once and never raises: it is only about memory, and
+        an adapter that nobody can name any more goes with time anyway."""
         worker = self._workers.get(model.base_code)
         if worker is None:
             return
-        try:
-            asyncio.run(worker.client.unload(model.id))
-        except WorkerGone:
-            self._drop(model.base_code, worker)
+
+        def unload() -> None:
+            try:
+                asyncio.run(worker.client.unload(model.id))
+            except (WorkerGone, WorkerSlow, TunewrightError) as error:
+                log.warning("adapter_not_unloaded", model_id=model.id, error=type(error).__name__)
+
+        threading.Thread(target=unload, name=f"forget-{model.id}", daemon=True).start()
+
+    def start(self) -> None:
+        """Begin to look after the workers."""
+        self._keeper = threading.Thread(target=self._keep, name="engine-keeper", daemon=True)
+        self._keeper.start()
 
     def stop(self) -> None:
-        """End all workers (SIGTERM, then SIGKILL after 5 s)."""
-        self._stopping = True
-        workers = list(self._workers.values())
-        for worker in workers:
-            self._runner.terminate(worker.process.pid)
+        """End all workers of this home, also those that an earlier server left (SIGTERM, then SIGKILL after 5 s).
+
+        Takes no more than that. Safe to call twice.
+        """
+        self._stopping.set()
+        pids = {pid for folder in self._home.workers.iterdir() for pid in self._runner.find(_WORKER_MODULE, folder)}
+        for pid in pids:
+            self._runner.terminate(pid)
         deadline = mono_s() + 5.0
-        while mono_s() < deadline and any(self._alive(worker.process) for worker in workers):
+        while (pids := {pid for pid in pids if not self._runner.group_empty(pid)}) and mono_s() < deadline:
             threading.Event().wait(0.05)
-        for worker in workers:
-            if self._alive(worker.process):
-                self._runner.kill(worker.process.pid)
+        for pid in pids:
+            self._runner.kill(pid)
+        if self._keeper is not None:
+            self._keeper.join(1.0)
         self._workers.clear()
 
     def ensure(self, base: Base) -> _Worker:
-        """The live worker of `base`, adopted or started if need be; blocks until it can answer."""
-        with self._lock:
-            starting = self._starting.setdefault(base.code, threading.Lock())
-        with starting:
-            worker = self._workers.get(base.code)
-            if worker is not None and self._alive(worker.process):
-                return worker
-            self._respect_backoff(base)
-            worker = self._adopt(base) or self._start(base)
-            self._workers[base.code] = worker
-            self._failures.pop(base.code, None)
-            return worker
+        """The live worker of `base`, adopted or started if need be; blocks until it can answer.
+
+        Raises Unavailable (`engine_not_ready`).
+        """
+        return self._ready(base).result()
 
     # -- starting and finding -----------------------------------------------------------------------------------------
+
+    def _ready(self, base: Base) -> Future[_Worker]:
+        """What `ensure` returns, as a future. One start at a time for each base, in a thread of its own: however long it
+        takes, those who wait for it occupy no thread that requests for other bases need."""
+        with self._lock:
+            future = self._starting.get(base.code)
+            if future is None or future.done():
+                future = self._starting[base.code] = Future()
+                future.set_running_or_notify_cancel()  # from now on a caller who leaves can't cancel it for the others
+                threading.Thread(
+                    target=self._fulfil, args=(future, base), name=f"start-{base.code}", daemon=True
+                ).start()
+        return future
+
+    def _fulfil(self, future: Future[_Worker], base: Base) -> None:
+        try:
+            worker = self._workers.get(base.code)
+            if worker is None or not self._alive(worker.process):
+                self._respect_backoff(base)
+                worker = self._adopt(base) or self._start(base)
+                self._workers[base.code] = worker
+                self._failures.pop(base.code, None)
+            future.set_result(worker)
+        except BaseException as error:  # handed to those who wait
+            future.set_exception(error)
 
     def _spec(self, base: Base, secret: str) -> WorkerSpec:
         settings = self._settings
@@ -168,7 +202,7 @@ class Pool:
         )
 
     def _adopt(self, base: Base) -> _Worker | None:
-        """The worker that an earlier server started, if it lives and was started with what we would ask for now."""
+        """The worker that an earlier server started, if it answers and was started with what we would ask for now."""
         folder = self._home.workers / base.code
         try:
             process = msgspec.json.decode((folder / "worker.json").read_bytes(), type=WorkerProcess)
@@ -183,14 +217,15 @@ class Pool:
                 asyncio.run(client.health())
                 log.info("engine_adopted", base=base.code, pid=process.pid)
                 return _Worker(process, client)
-            except WorkerGone:
+            except (WorkerGone, WorkerSlow):
                 pass
-        self._runner.kill(process.pid)
         return None
 
     def _start(self, base: Base) -> _Worker:
         folder = self._home.workers / base.code
         folder.mkdir(mode=0o700, exist_ok=True)
+        for pid in self._runner.find(_WORKER_MODULE, folder):  # not adopted, or not ready yet when its server died
+            self._runner.kill(pid)
         (folder / "worker.json").unlink(missing_ok=True)
         spec = self._spec(base, secrets.token_hex(32))
         write_atomically(folder / "spec.json", msgspec.json.encode(spec))
@@ -211,28 +246,60 @@ class Pool:
     def _wait_until_ready(self, folder: Path, pid: int) -> WorkerProcess | None:
         deadline = mono_s() + self._settings.engine_start_limit_s
         ticks = self._runner.start_ticks(pid)
-        while mono_s() < deadline and not self._stopping:
+        while mono_s() < deadline and not self._stopping.is_set():
             try:
                 return msgspec.json.decode((folder / "worker.json").read_bytes(), type=WorkerProcess)
             except FileNotFoundError:
                 if ticks is None or not self._runner.alive(pid, ticks):
                     return None
-                threading.Event().wait(0.05)
+                self._stopping.wait(0.05)
         return None
 
     def _respect_backoff(self, base: Base) -> None:
         _, not_before = self._failures.get(base.code, (0, 0.0))
-        if self._stopping or mono_s() < not_before:
+        if self._stopping.is_set() or mono_s() < not_before:
             raise _not_ready(base)
 
     def _alive(self, process: WorkerProcess) -> bool:
         return self._runner.alive(process.pid, process.start_ticks)
 
-    def _drop(self, base_code: str, worker: _Worker) -> None:
-        """Forget a worker that did not answer; a frozen one is killed so that its successor gets the memory."""
+    # -- looking after --------------------------------------------------------------------------------------------
+
+    def _keep(self) -> None:
+        settings = self._settings
+        pause_s = min(_PING_EVERY_S, settings.engine_silence_limit_s / 4, settings.engine_idle_exit_s / 4)
+        while not self._stopping.wait(pause_s):
+            try:
+                asyncio.run(self._look_after_all())
+            except Exception:
+                log.exception("engine_keeper_failed")
+
+    async def _look_after_all(self) -> None:
+        workers = list(self._workers.items())
+        await asyncio.gather(*(self._ask(base_code, worker) for base_code, worker in workers))
+
+    async def _ask(self, base_code: str, worker: _Worker) -> None:
+        """Drop a worker that has died or does not say how it is; a frozen one is killed, which ends what it had begun."""
+        if self._workers.get(base_code) is not worker:
+            return
+        reason = "died"
+        if self._alive(worker.process):
+            asked_s, limit_s = mono_s(), self._settings.engine_silence_limit_s
+            try:
+                await worker.client.health(limit_s)
+                return
+            except WorkerSlow:
+                if mono_s() - asked_s < limit_s:  # it could not be asked
+                    return
+                reason = "silent"
+            except (WorkerGone, TunewrightError):
+                pass
         with self._lock:
-            if self._workers.get(base_code) is worker:
-                del self._workers[base_code]
+            if self._workers.get(base_code) is not worker:
+                return
+            del self._workers[base_code]
+        if not self._stopping.is_set():
+            log.error("engine_lost", base=base_code, pid=worker.process.pid, reason=reason)
         if self._alive(worker.process):
             self._runner.kill(worker.process.pid)
 
@@ -252,3 +319,11 @@ def _not_ready(base: Base) -> Unavailable:
     return Unavailable(
         "engine_not_ready", mark('The engine of "{base}" is not ready; try again in a moment.'), base=base.code
     )
+
+
+def _lost() -> Unavailable:
+    return Unavailable("engine_lost", mark("The engine stopped while it answered; try again."))
+
+
+def _busy() -> Unavailable:
+    return Unavailable("engine_busy", mark("The engine did not answer in time; try again in a moment."))

@@ -32,15 +32,22 @@ class WorkerGone(Exception):
     """The worker closed the connection, or nothing listens there any more."""
 
 
+class WorkerSlow(Exception):
+    """No answer in time, or no connection for want of something on our side. The worker may be well."""
+
+
 class WorkerClient:
-    """Calls to one worker. Cancelling a call (or closing its iterator) closes the connection, which frees the slot."""
+    """Calls to one worker. Cancelling a call (or closing its iterator) closes the connection, which frees the slot.
+
+    All raise WorkerGone, WorkerSlow, or the error that the worker names.
+    """
 
     def __init__(self, port: int, secret: str) -> None:
         self._port = port
         self._secret = secret
 
     async def generate(self, request: Generate) -> AsyncGenerator[TokenText | Done, None]:
-        """The pieces of one answer, ending with `Done`. Raises WorkerGone, or the error that the worker names."""
+        """The pieces of one answer, ending with `Done`."""
         async with self._exchange(msgspec.structs.replace(request, secret=self._secret)) as reader:
             while True:
                 reply = await _next(reader)
@@ -49,8 +56,8 @@ class WorkerClient:
                     if isinstance(reply, Done):
                         return
 
-    async def prove(self, request: Prove, timeout_s: float = 60.0) -> Proof:
-        """Load an adapter and measure its effect (see `Prove`)."""
+    async def prove(self, request: Prove, timeout_s: float = 300.0) -> Proof:
+        """Load an adapter and measure its effect (see `Prove`). Beside many answers that takes a while."""
         return await self._one(msgspec.structs.replace(request, secret=self._secret), Proof, timeout_s)
 
     async def unload(self, adapter_id: str, timeout_s: float = 10.0) -> None:
@@ -66,7 +73,7 @@ class WorkerClient:
             async with asyncio.timeout(timeout_s), self._exchange(request) as reader:
                 reply = await _next(reader)
         except TimeoutError:
-            raise WorkerGone from None
+            raise WorkerSlow from None
         if not isinstance(reply, kind):
             raise WorkerGone
         return reply
@@ -75,8 +82,10 @@ class WorkerClient:
     async def _exchange(self, request: EngineRequest) -> AsyncIterator[asyncio.StreamReader]:
         try:
             reader, writer = await asyncio.open_connection("127.0.0.1", self._port, limit=_LINE_LIMIT_BYTES)
-        except OSError:
+        except ConnectionError:
             raise WorkerGone from None
+        except OSError:  # no descriptor or port left: that says nothing about the worker
+            raise WorkerSlow from None
         try:
             writer.write(encode_line(request) + b"\n")
             await writer.drain()

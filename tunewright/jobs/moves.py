@@ -42,7 +42,8 @@ _LINGER_S = 5.0
 """How long a trainer may take to leave after its last record."""
 _PAUSE_PATIENCE_S = 60.0
 """A pause is not urgent: a long step may end and be saved."""
-_MOST_PROOF_TRIES = 5
+_PROOF_PATIENCE_S = 600.0
+"""How long an engine that can't be asked is waited for before a whole training is given up."""
 _MOST_BUG_TRIES = 8
 _LONGEST_RESTART_DELAY_S = 10.0
 
@@ -72,7 +73,7 @@ class Moves:
         """Job id -> the attempt of which no process is left and whose whole journal is stored."""
         self._errands: dict[str, tuple[str, int, Errand[Any]]] = {}
         self._warmed: set[str] = set()
-        self._proof_tries: dict[str, int] = {}
+        self._proof_since_s: dict[str, float] = {}
         self._not_before_s: dict[str, float] = {}
         self._states: dict[str, Callable[[Job], bool]] = {
             VALIDATING: self._validating,
@@ -86,7 +87,7 @@ class Moves:
         """Count the trainers that take a place, and forget jobs that have ended."""
         self._occupied = sum(job.status in (RUNNING, CANCELLING) or self._unsettled(job) for job in jobs)
         ids = {job.id for job in jobs}
-        for memory in (self._settled, self._errands, self._proof_tries, self._not_before_s):
+        for memory in (self._settled, self._errands, self._proof_since_s, self._not_before_s):
             for job_id in set(memory) - ids:
                 del memory[job_id]
         self._warmed &= ids
@@ -244,8 +245,7 @@ class Moves:
             proven: Proven = errand.result()
             changed = self._publication.commit(job, finished, proven)
         except Unavailable as error:
-            self._proof_tries[job.id] = self._proof_tries.get(job.id, 0) + 1
-            if self._proof_tries[job.id] < _MOST_PROOF_TRIES:
+            if mono_s() - self._proof_since_s.setdefault(job.id, mono_s()) < _PROOF_PATIENCE_S:
                 raise
             self._fail(job, error.code, error.message, error.param, error.values)
             return

@@ -144,6 +144,13 @@ class JobService:
         shutil.rmtree(self._home.jobs / job.id, ignore_errors=True)
         return deleted
 
+    def sweep(self) -> None:
+        """Remove the work folders of deleted jobs that a crash left; folders that the database does not know stay."""
+        with self._storage.read() as tx:
+            gone = tx.jobs.deleted([folder.name for folder in self._home.jobs.iterdir()])
+        for job_id in gone:
+            shutil.rmtree(self._home.jobs / job_id, ignore_errors=True)
+
     def events(
         self, project_id: str, job_id: str, *, after: str | None = None, limit: int = 20
     ) -> tuple[list[JobEvent], bool]:

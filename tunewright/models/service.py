@@ -1,6 +1,7 @@
 """What a project can call: the bases on this machine, their aliases, and the models that its own jobs made."""
 
 import shutil
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -41,12 +42,16 @@ class Card(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ModelService:
-    """All methods block. A name of another project's model is answered like a name that never existed."""
+    """All methods block. A name of another project's model is answered like a name that never existed.
+
+    `on_delete` is called with each deleted model after its row is committed; it must neither block nor raise.
+    """
 
     def __init__(self, storage: "Storage", catalogue: Catalogue, home: HomeFolder) -> None:
         self._storage = storage
         self._catalogue = catalogue
         self._home = home
+        self.on_delete: Callable[[TunedModel], None] = lambda model: None
 
     def resolve(self, project_id: str, name: str) -> Resolved:
         """Raises NotFound(`model_not_found`) unless it is a base, an alias or a ready model of this project,
@@ -103,8 +108,21 @@ class ModelService:
                 raise _not_found(name)
             if model.status != "deleted":
                 model = tx.models.change(model, status="deleted", deleted_at=clock.wall_s()) or model
+        self.on_delete(model)
         self._remove_adapter(model)
         return model
+
+    def sweep(self) -> None:
+        """Remove the adapters of models that will never be (again), which a crash or a cancel at the last moment left.
+
+        Only what the database says so of: a folder that it does not know stays, for it may be the wrong database.
+        """
+        with self._storage.read() as tx:
+            gone = tx.models.gone([folder.name for folder in self._home.adapters.iterdir()])
+        for model_id in gone:
+            shutil.rmtree(self._home.adapters / model_id, ignore_errors=True)
+        if gone:
+            _log.info("adapters_swept", count=len(gone))
 
     def name_for(self, project: Project, base_code: str, suffix: str | None) -> str:
         """A new model name: `{base}:{project number}:{suffix}:{8 random}`."""

@@ -9,7 +9,7 @@ import sqlalchemy as sa
 
 from tunewright.jobs.records import MOVES, TERMINAL, Job, JobCheckpoint, JobEvent
 from tunewright.storage.paging import invalid_cursor, page
-from tunewright.storage.rows import every, one, to_columns, to_row
+from tunewright.storage.rows import chunks, every, one, to_columns, to_row
 from tunewright.storage.tables import job_checkpoints, job_events, jobs
 
 _UNFINISHED = jobs.c.status.in_(sorted(set(MOVES) - TERMINAL))
@@ -62,6 +62,15 @@ class Jobs:
         """Of all projects, oldest first: for the control loop only."""
         statement = sa.select(jobs).where(_UNFINISHED).order_by(jobs.c.created_at, jobs.c.id)
         return every(self._connection, statement, Job)
+
+    def deleted(self, job_ids: builtins.list[str]) -> builtins.list[str]:
+        """Those of the given ids that were deleted. Of all projects: for the sweep at start only."""
+        found: builtins.list[str] = []
+        for some in chunks(job_ids):
+            found += self._connection.scalars(
+                sa.select(jobs.c.id).where(jobs.c.id.in_(some), jobs.c.deleted_at.is_not(None))
+            )
+        return found
 
     def change(self, job: Job, **changes: object) -> Job | None:
         """Compare-and-set: applies `changes` if the stored row still has `job`'s status and attempt, else returns None.
@@ -140,8 +149,8 @@ class Jobs:
         last = self._connection.scalar(sa.select(sa.func.max(job_events.c.sequence)).where(*own)) or 0
         seen: set[int | None] = set()
         steps = [event.step for event in events if event.type == "metrics"]
-        for start in range(0, len(steps), 500):  # databases limit the number of parameters
-            is_metrics = (job_events.c.type == "metrics", job_events.c.step.in_(steps[start : start + 500]))
+        for some in chunks(steps):
+            is_metrics = (job_events.c.type == "metrics", job_events.c.step.in_(some))
             seen |= set(self._connection.scalars(sa.select(job_events.c.step).where(*own, *is_metrics)))
         rows: builtins.list[dict[str, Any]] = []
         for event in events:

@@ -5,9 +5,10 @@ import builtins
 import msgspec
 import sqlalchemy as sa
 
+from tunewright.jobs.records import TERMINAL
 from tunewright.models.records import TunedModel
-from tunewright.storage.rows import every, one, to_columns, to_row
-from tunewright.storage.tables import tuned_models
+from tunewright.storage.rows import chunks, every, one, to_columns, to_row
+from tunewright.storage.tables import jobs, tuned_models
 
 
 class Models:
@@ -32,6 +33,26 @@ class Models:
             .order_by(tuned_models.c.created_at.desc(), tuned_models.c.id.desc())
         )
         return every(self._connection, statement, TunedModel)
+
+    def gone(self, model_ids: builtins.list[str]) -> builtins.list[str]:
+        """Those of the given ids whose model was deleted, or reserved by a job that ended without making it. Of all
+        projects: for the sweep at start only. Adapters are in folders named by id."""
+        statement = (
+            sa.select(tuned_models.c.id)
+            .outerjoin(
+                jobs, sa.and_(jobs.c.project_id == tuned_models.c.project_id, jobs.c.id == tuned_models.c.job_id)
+            )
+            .where(
+                sa.or_(
+                    tuned_models.c.status == "deleted",
+                    sa.and_(tuned_models.c.status == "training", jobs.c.status.in_(sorted(TERMINAL))),
+                )
+            )
+        )
+        found: builtins.list[str] = []
+        for some in chunks(model_ids):
+            found += self._connection.scalars(statement.where(tuned_models.c.id.in_(some)))
+        return found
 
     def change(self, model: TunedModel, **changes: object) -> TunedModel | None:
         """Compare-and-set on the stored status being `model.status`; None if it is not."""

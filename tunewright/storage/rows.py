@@ -1,12 +1,13 @@
 """Records to rows and back, for every table the same way."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import msgspec
 import sqlalchemy as sa
 
 Record = TypeVar("Record", bound=msgspec.Struct)
+Item = TypeVar("Item")
 
 _PLAIN = (str, int, float, bytes, type(None))
 
@@ -36,3 +37,8 @@ def one(connection: sa.Connection, statement: sa.Select[Any], kind: type[Record]
 def every(connection: sa.Connection, statement: sa.Select[Any], kind: type[Record]) -> list[Record]:
     """All rows in the statement's order."""
     return [to_record(row, kind) for row in connection.execute(statement)]
+
+
+def chunks(items: Sequence[Item]) -> Iterator[Sequence[Item]]:
+    """`items` in pieces that fit into one statement: databases limit the number of parameters."""
+    return (items[start : start + 500] for start in range(0, len(items), 500))
