@@ -3,12 +3,11 @@
 import json
 import logging
 import os
-import signal
 import socket
 import sys
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import structlog
 import typer
@@ -26,6 +25,8 @@ if TYPE_CHECKING:
     from tunewright.wiring import Platform
 
 EXIT_MISCONFIGURED = 78  # EX_CONFIG of sysexits: tells a supervisor that trying again is no use
+EXIT_HURRIED = 1
+"""After a second signal. Streams are cut, trainers and engines go on until the next start finds them."""
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -169,19 +170,33 @@ def list_models(home: Home = None) -> None:
 
 
 def configure_logging(level: str) -> None:
-    """One JSON object per line on stderr."""
+    """One JSON object per line on stderr, also for what uvicorn and other libraries log.
+
+    Theirs from `warning` on (uvicorn's from `level`), for what they tell of their work may name a caller's data.
+    """
+    shared: list[Any] = [
+        structlog.processors.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", key="ts"),
+        structlog.processors.format_exc_info,
+    ]
+    render = structlog.processors.JSONRenderer(serializer=_dumps)
+    least = logging.getLevelNamesMapping()[level.upper()]
     structlog.configure(
-        processors=[
-            structlog.contextvars.merge_contextvars,
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso", key="ts"),
-            structlog.processors.format_exc_info,
-            structlog.processors.JSONRenderer(serializer=_dumps),
-        ],
-        wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[level.upper()]),
+        processors=[structlog.contextvars.merge_contextvars, *shared, render],
+        wrapper_class=structlog.make_filtering_bound_logger(least),
         logger_factory=structlog.WriteLoggerFactory(file=sys.stderr),
         cache_logger_on_first_use=True,
     )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=[structlog.stdlib.add_logger_name, *shared],
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, render],
+        )
+    )
+    logging.basicConfig(handlers=[handler], level=max(least, logging.WARNING), force=True)
+    logging.getLogger("uvicorn").setLevel(least)
+    logging.captureWarnings(True)
 
 
 def _dumps(value: object, **options: object) -> str:
@@ -255,10 +270,13 @@ def _announce(platform: "Platform", address: str) -> None:
 def _run(platform: "Platform", asgi: object, listener: socket.socket, address: str) -> None:
     import uvicorn
 
+    from tunewright.api.connections import BoundedHttp
+
     settings = platform.settings
 
     class Server(uvicorn.Server):
-        """Uvicorn whose first signal fails readiness and ends event streams before connections are closed."""
+        """Uvicorn whose first signal fails readiness and ends event streams before connections are closed. A second one ends
+        the process at once: the next start recovers from that as from any death."""
 
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets)
@@ -266,12 +284,11 @@ def _run(platform: "Platform", asgi: object, listener: socket.socket, address: s
                 _announce(platform, address)
 
         def handle_exit(self, sig: int, frame: object) -> None:
-            if platform.stopping.is_set() or not settings.drain_delay_s:
-                platform.stopping.set()
-                super().handle_exit(sig, frame)  # type: ignore[arg-type]
-                return
+            """Uvicorn would raise the signal again in the end, and the exit code would not be 0."""
+            if platform.stopping.is_set():
+                os._exit(EXIT_HURRIED)
             platform.stopping.set()
-            delayed = threading.Timer(settings.drain_delay_s, os.kill, (os.getpid(), signal.SIGTERM))
+            delayed = threading.Timer(settings.drain_delay_s, setattr, (self, "should_exit", True))
             delayed.daemon = True
             delayed.start()
 
@@ -281,10 +298,10 @@ def _run(platform: "Platform", asgi: object, listener: socket.socket, address: s
         access_log=False,
         server_header=False,
         proxy_headers=False,
+        http=BoundedHttp,
         ws="none",
         timeout_keep_alive=30,
         timeout_graceful_shutdown=max(1, round(settings.drain_grace_s)),
-        h11_max_incomplete_event_size=32 * 1024,
     )
     Server(config).run(sockets=[listener])
 
