@@ -10,6 +10,7 @@ import pytest
 import structlog
 from safetensors.numpy import save_file
 
+from tests.api.running import Running
 from tests.api.world import World
 from tests.tiny_models import tiny_tokenizer
 
@@ -62,3 +63,11 @@ def world(tmp_path_factory: pytest.TempPathFactory, untrained_base: Path) -> Ite
 async def client(world: World) -> AsyncIterator[httpx.AsyncClient]:
     async with world.client() as client:
         yield client
+
+
+@pytest.fixture
+async def running(world: World) -> AsyncIterator[Running]:
+    running = Running(world)
+    await running.start()
+    yield running
+    await running.stop()

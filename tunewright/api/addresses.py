@@ -72,7 +72,7 @@ def plain_path(path: str, raw: bytes, query: bytes = b"") -> str:
     does not start at the root, or an encoded slash outside a model's name.
     """
     if len(raw) + len(query) > LONGEST_TARGET_BYTES or len(path) > LONGEST_TARGET_BYTES:
-        raise TooLarge("url_too_long", mark("The URL is longer than {limit} bytes."), limit=LONGEST_TARGET_BYTES)
+        raise url_too_long()
     if len(path) > 1 and path.endswith("/"):
         path = path[:-1]
     segments = path.split("/")
@@ -82,6 +82,11 @@ def plain_path(path: str, raw: bytes, query: bytes = b"") -> str:
     if odd or empty or slash:
         raise NotFound("unknown_route", mark("There is nothing at this path."))
     return path
+
+
+def url_too_long() -> TooLarge:
+    """The error for a target over LONGEST_TARGET_BYTES."""
+    return TooLarge("url_too_long", mark("The URL is longer than {limit} bytes."), limit=LONGEST_TARGET_BYTES)
 
 
 def _slash_is_in_a_model_name(path: str, raw: bytes) -> bool:

@@ -56,12 +56,7 @@ def _check_headers(scope: Scope) -> int | None:
     """The declared length of the body, None if there is none."""
     headers = scope["headers"]
     if len(headers) > MOST_HEADERS or sum(len(name) + len(value) + 4 for name, value in headers) > MOST_HEADER_BYTES:
-        raise TooLarge(
-            "headers_too_large",
-            mark("The headers are over the limit of {count} or {size_bytes} bytes."),
-            count=MOST_HEADERS,
-            size_bytes=MOST_HEADER_BYTES,
-        )
+        raise headers_too_large()
     declared = None
     for name, value in headers:
         if name == b"content-encoding" and value.strip().lower() not in (b"", b"identity"):
@@ -71,6 +66,16 @@ def _check_headers(scope: Scope) -> int | None:
                 raise InvalidRequest("invalid_body", mark("The Content-Length header is not right."))
             declared = int(value)
     return declared
+
+
+def headers_too_large() -> TooLarge:
+    """The error for headers over MOST_HEADERS or MOST_HEADER_BYTES."""
+    return TooLarge(
+        "headers_too_large",
+        mark("The headers are over the limit of {count} or {size_bytes} bytes."),
+        count=MOST_HEADERS,
+        size_bytes=MOST_HEADER_BYTES,
+    )
 
 
 def _counted(receive: Receive, code: str, limit: int) -> Receive:

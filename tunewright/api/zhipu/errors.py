@@ -49,6 +49,7 @@ TABLE = ErrorTable(
         "unsupported_parameter": Row(400, _INVALID, "1210"),
         "invalid_json": Row(400, _INVALID, "1210"),
         "invalid_body": Row(400, _INVALID, "1210"),
+        "invalid_http": Row(400, _INVALID, "1210"),
         "invalid_multipart": Row(400, _INVALID, "1210"),
         "duplicate_key": Row(400, _INVALID, "1210"),
         "invalid_number": Row(400, _INVALID, "1210"),
