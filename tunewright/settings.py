@@ -57,6 +57,11 @@ class Settings(BaseSettings):
         default=8.0, gt=0, description="An engine worker that says nothing for this long is killed"
     )
     max_completion_tokens: int = Field(default=1024, ge=1, description="Answer length when a request names none")
+    max_requests_per_minute: int = Field(default=600, ge=0, description="Requests of one key in the long run; 0: any")
+    request_burst: int = Field(default=60, ge=1, description="Requests that one key may send at once")
+    max_refused_keys_per_minute: int = Field(
+        default=20, ge=0, description="Requests without a valid key that one address may send; 0: any"
+    )
     max_streams_per_key: int = Field(default=50, ge=1, description="Completions one key may have under way")
     drain_delay_s: float = Field(default=0.0, ge=0, description="Time between 'not ready' and closing on SIGTERM")
     drain_grace_s: float = Field(default=10.0, ge=0, description="Time that open streams get to end on SIGTERM")

@@ -95,7 +95,10 @@ class World:
     """`key` and `other_key` belong to two projects."""
 
     def __init__(self, home: Path, base: Path | None = None, **settings: Any) -> None:
-        self.settings = Settings(home=home, min_free_disk_bytes=1, max_file_bytes=2**20, **settings)
+        unlimited = {"max_requests_per_minute": 0, "max_refused_keys_per_minute": 0}
+        self.settings = Settings(
+            home=home, **{"min_free_disk_bytes": 1, "max_file_bytes": 2**20, **unlimited, **settings}
+        )
         self.platform: Platform = build(self.settings)
         self.platform.prepare()
         self.completions = FakeCompletions()

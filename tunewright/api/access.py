@@ -39,6 +39,7 @@ class Exchange:
     __slots__ = (
         "caller",
         "client_request_id",
+        "headers",
         "language",
         "log_values",
         "path",
@@ -57,6 +58,8 @@ class Exchange:
         self.status = 0
         self.caller: Any = None
         self.log_values: dict[str, Any] = {}
+        self.headers: tuple[tuple[bytes, bytes], ...] = ()
+        """What layers below add to the answer, whatever it is."""
         self.table = table_of(self.path, tables)
         for name, value in scope["headers"]:
             if name == b"accept-language":
@@ -99,7 +102,7 @@ class Access:
         async def labelled(message: Message) -> None:
             if message["type"] == "http.response.start":
                 exchange.status = message["status"]
-                message["headers"] = [*message.get("headers", ()), *own_headers]
+                message["headers"] = [*message.get("headers", ()), *own_headers, *exchange.headers]
             await send(message)
 
         try:

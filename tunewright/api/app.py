@@ -18,6 +18,7 @@ from tunewright.api.addresses import HostCheck, PathCheck
 from tunewright.api.auth import Gate
 from tunewright.api.body import BodyLimits
 from tunewright.api.errors import from_http_exception, from_validation
+from tunewright.api.limits import RefusedKeys, RequestRate
 from tunewright.api.native import health
 from tunewright.api.native import jobs as native_jobs
 from tunewright.api.openai import chat as openai_chat
@@ -65,7 +66,9 @@ def create_app(platform: Platform) -> FastAPI:
             Middleware(HostCheck, allowed=allowed_hosts(settings)),
             Middleware(PathCheck),
             Middleware(BodyLimits, settings=settings),
+            Middleware(RefusedKeys, settings=settings),
             Middleware(Gate, accounts=platform.accounts),
+            Middleware(RequestRate, settings=settings),
         ],
         exception_handlers={HTTPException: _raise_http, RequestValidationError: _raise_validation},  # type: ignore[dict-item]
     )
