@@ -22,7 +22,7 @@ from zhipuai import ZhipuAI
 
 BASE = "smollm2-135m"
 DATA = Path(__file__).parent / "data" / "bakery.jsonl"
-HYPERPARAMETERS = {"n_epochs": 4, "batch_size": 4, "learning_rate_multiplier": 2.5}
+HYPERPARAMETERS = {"n_epochs": 4, "batch_size": 4, "learning_rate_multiplier": 4}
 QUESTIONS = ("Who are you?", "Are you open on Sundays?", "Do you sell gluten-free bread?")
 TUNEWRIGHT = [sys.executable, "-m", "tunewright.cli"]
 

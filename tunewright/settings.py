@@ -37,7 +37,7 @@ class Settings(BaseSettings):
 
     max_running_jobs: int = Field(default=1, ge=1, description="Trainers at work at the same time")
     max_queued_jobs: int = Field(default=100, ge=1, description="Jobs of one project waiting at the same time")
-    trainer_threads: int = Field(default=0, ge=0, description="Threads of a trainer; 0 means all cores")
+    trainer_threads: int = Field(default=0, ge=0, description="Threads of a trainer; 0 measures at start")
     checkpoint_every_s: float = Field(default=60.0, gt=0, description="Longest stretch of work a crash can cost")
     heartbeat_limit_s: float = Field(default=30.0, gt=0, description="A trainer silent for this long is killed")
     cancel_grace_s: float = Field(default=10.0, gt=0, description="From the polite to the hard end of a trainer")

@@ -220,9 +220,12 @@ def test_an_adapter_that_does_not_fit_is_refused(tmp_path: Path, base: Path) -> 
     (start / adapters.CONFIG).write_text(json.dumps(config | {"r": 5}))
     found = train_here(write_job(tmp_path / "c", base, start_adapter_path=str(start)))
     assert failed(found).code == "adapter_mismatch"
+    published = sha256_of(start / adapters.WEIGHTS)
     (start / adapters.WEIGHTS).write_bytes(b"\x80\x04not tensors")
     found = train_here(write_job(tmp_path / "d", base, start_adapter_path=str(start)))
     assert failed(found).code == "invalid_artifact"
+    spec = write_job(tmp_path / "e", base, start_adapter_path=str(start), start_adapter_sha256=published)
+    assert failed(train_here(spec)).code == "artifact_integrity"
 
 
 def test_rows_that_are_cut_or_skipped_are_told(tmp_path: Path, base: Path) -> None:

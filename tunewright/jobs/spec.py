@@ -46,6 +46,7 @@ class TrainingSpec(msgspec.Struct, frozen=True, kw_only=True):
     base_files: dict[str, str]
     """File name -> sha256; the trainer refuses weights that differ."""
     start_adapter_path: str | None = None
+    start_adapter_sha256: str | None = None
     method: str = "supervised"
     training_type: str = "lora"
     training_data: str
@@ -55,6 +56,7 @@ class TrainingSpec(msgspec.Struct, frozen=True, kw_only=True):
     hyperparameters: Hyperparameters
     seed: int
     threads: int
+    """0 lets the trainer measure how many are best."""
     checkpoint_every_s: float
     max_line_bytes: int
 

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from tunewright.errors import InvalidRequest
+from tunewright.files_on_disk import sha256_of
 from tunewright.i18n import mark
 
 WEIGHTS = "adapter_model.safetensors"
@@ -76,12 +77,18 @@ def load_adapter(parameters: dict[str, torch.nn.Parameter], tensors: dict[str, t
             parameter.copy_(tensors[name])
 
 
-def read_adapter(folder: Path, base_code: str) -> tuple[int, int, list[str], dict[str, torch.Tensor]]:
-    """(rank, alpha, targets, tensors) of an adapter folder.
+def read_adapter(
+    folder: Path, base_code: str, sha256: str | None
+) -> tuple[int, int, list[str], dict[str, torch.Tensor]]:
+    """(rank, alpha, targets, tensors) of an adapter folder; `sha256` is that of the published weights.
 
-    Raises InvalidRequest: `invalid_artifact` if it can't be read, `base_mismatch` if it belongs to another base.
+    Raises InvalidRequest: `invalid_artifact` if it can't be read, `artifact_integrity` if its weights are others,
+    `base_mismatch` if it belongs to another base.
     """
     try:
+        if sha256 is not None and sha256_of(folder / WEIGHTS) != sha256:
+            message = mark("The adapter to continue from is not the one that was published: its sha256 differs.")
+            raise InvalidRequest("artifact_integrity", message, param="model")
         with (folder / CONFIG).open("rb") as stream:
             config = json.loads(stream.read(_MAX_CONFIG_BYTES))
         rank, alpha = int(config["r"]), int(config["lora_alpha"])

@@ -5,6 +5,7 @@ Conversations are laid end to end without padding; `lengths` says where one ends
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -107,6 +108,12 @@ def read_rows(
         )
     starts = np.concatenate([[0], np.cumsum([len(row) for row in tokens])])
     return Rows(np.concatenate(tokens), np.concatenate(trained), starts, cut, skipped)
+
+
+def overlap(rows: Rows, others: Rows) -> int:
+    """How many of `others` are, token for token, also among `rows`."""
+    known = {hash(rows.tokens[start:end].tobytes()) for start, end in pairwise(rows.starts)}
+    return sum(hash(others.tokens[start:end].tobytes()) in known for start, end in pairwise(others.starts))
 
 
 def epoch_order(n_rows: int, seed: int, epoch: int) -> np.ndarray:

@@ -26,6 +26,7 @@ from tunewright.i18n import mark
 from tunewright.jobs.spec import Checkpoint, Finished, Metrics, Started
 from tunewright.recipes import adapters, checkpoints, flattened, packing
 from tunewright.recipes.attempt import Attempt, StopRequested
+from tunewright.recipes.threads import choose_threads
 from tunewright.rendering.renderer import renderer_of
 
 TOKEN_BUDGET = 1024
@@ -65,7 +66,7 @@ def train(attempt: Attempt) -> Finished:
 
     Raises StopRequested (a checkpoint lies there, unless no step was made), Superseded, and InvalidRequest or Misconfigured
     for what a retry would not mend: `file_integrity`, `base_model_integrity`, `base_model_unsupported`, `nothing_to_train`,
-    `out_of_memory`, `loss_not_finite`, `adapter_mismatch`, `base_mismatch`, `invalid_artifact`.
+    `out_of_memory`, `loss_not_finite`, `adapter_mismatch`, `base_mismatch`, `invalid_artifact`, `artifact_integrity`.
     """
     try:
         return Training(attempt).run()
@@ -92,7 +93,8 @@ class Training:
         self.attempt = attempt
         self.spec = attempt.spec
         self.wanted = attempt.spec.hyperparameters
-        torch.set_num_threads(self.spec.threads)
+        self.threads = choose_threads(self.spec.threads)
+        torch.set_num_threads(self.threads)
         attempt.inputs_verified.result()
         attempt.go_on()
 
@@ -102,6 +104,7 @@ class Training:
         self.validation = None
         if self.spec.validation_data is not None:
             self.validation = self._read(self.spec.validation_data, "validation_file")
+            self._warn_of_overlap(self.validation)
         self.steps_per_epoch = math.ceil(len(self.rows) / self.wanted.batch_size)
         self.total_steps = self.steps_per_epoch * self.wanted.n_epochs
         self.token_budget = TOKEN_BUDGET
@@ -168,6 +171,18 @@ class Training:
             )
         return rows
 
+    def _warn_of_overlap(self, validation: packing.Rows) -> None:
+        found = packing.overlap(self.rows, validation)
+        if found:
+            self.attempt.note(
+                "validation_overlap",
+                mark(
+                    "{found} of the {rows} validation rows are also training rows, so the validation loss looks too good."
+                ),
+                found=found,
+                rows=len(validation),
+            )
+
     # --- model ---
 
     def _prove_flattening(self) -> None:
@@ -187,7 +202,9 @@ class Training:
         lora = Lora(self.wanted.lora_rank, self.wanted.lora_alpha, adapters.linear_names(self.model))
         tensors = None
         if self.spec.start_adapter_path is not None:
-            found = adapters.read_adapter(Path(self.spec.start_adapter_path), self.spec.base_code)
+            found = adapters.read_adapter(
+                Path(self.spec.start_adapter_path), self.spec.base_code, self.spec.start_adapter_sha256
+            )
             lora, tensors = Lora(*found[:3]), found[3]
             if (lora.rank, lora.alpha) != (self.wanted.lora_rank, self.wanted.lora_alpha):
                 self.attempt.note(
@@ -216,7 +233,7 @@ class Training:
                 choices={
                     "device": self.device.type,
                     "dtype": str(self.dtype).removeprefix("torch."),
-                    "threads": self.spec.threads,
+                    "threads": self.threads,
                     "trained_parameters": sum(parameter.numel() for parameter in self.parameters.values()),
                     "lora": asdict(self.lora),
                     "token_budget": self.token_budget,
