@@ -1,0 +1,166 @@
+"""The server's end, asked for or not, while many streams are open: nobody takes half an answer for a whole one."""
+
+import asyncio
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.chaos.streams import Streams
+from tests.live_server import TUNEWRIGHT, LiveServer, chat_rows
+from tests.promises.test_pool import worker_process, worker_state
+from tunewright.runners.local import LocalRunner
+
+GRACE_S = 2
+
+
+@pytest.fixture
+def server(tmp_path: Path, tiny_base: Path) -> Iterator[LiveServer]:
+    server = LiveServer(tmp_path / "home", TUNEWRIGHT_DRAIN_GRACE_S=str(GRACE_S), TUNEWRIGHT_ENGINE_SLOTS="64")
+    server.run("models", "add", str(tiny_base), "--code", "tiny")
+    server.start()
+    yield server
+    server.stop()
+
+
+def warm(server: LiveServer) -> None:
+    with server.api() as api:
+        api.post(
+            "/chat/completions",
+            json={"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 1},
+        ).raise_for_status()
+
+
+def test_r05_sigterm_ends_streams_with_an_answer_or_an_error(server: LiveServer) -> None:
+    warm(server)
+    job_id = server.create_job(server.upload(chat_rows()), hyperparameters={"n_epochs": 50, "batch_size": 1})
+    events: list[bytes] = []
+    streams = Streams(server, 50)
+    process = server._process
+    assert process is not None
+    took: list[float] = []
+
+    def follow() -> None:
+        with server.api("/api/v1") as api, api.stream("GET", f"/jobs/{job_id}/events/stream") as answer:
+            events.extend(answer.iter_raw())
+
+    async def stop() -> None:
+        following = asyncio.create_task(asyncio.to_thread(follow))
+        while not events:
+            await asyncio.sleep(0.01)
+        began = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        await following
+        took.append(time.monotonic() - began)
+
+    streams.run(stop)
+    assert process.wait(GRACE_S + 5) == 0
+    assert streams.ends["broken"] == streams.ends["cut"] == 0, streams.ends
+    assert streams.ends["error"] > 0 and streams.codes == {"server_stopping": streams.ends["error"]}
+    assert b"".join(events).endswith(b"\n\n") and b"event: end" not in b"".join(events)
+    assert took[0] < 2, "event streams end at once: their clients come again"
+
+
+def test_r05_short_streams_end_as_usual_and_readiness_fails_first(tmp_path: Path, tiny_base: Path) -> None:
+    server = LiveServer(tmp_path / "home", TUNEWRIGHT_DRAIN_DELAY_S="1")
+    server.run("models", "add", str(tiny_base), "--code", "tiny")
+    server.start()
+    warm(server)
+    streams = Streams(server, 5, max_tokens=300)
+    process = server._process
+    assert process is not None
+
+    async def stop() -> None:
+        process.send_signal(signal.SIGTERM)
+        await asyncio.sleep(0.2)
+        async with httpx.AsyncClient(base_url=server.address, trust_env=False) as client:
+            answer = await client.get("/readyz")
+            assert (answer.status_code, answer.json()["failed"]) == (503, ["draining"])
+            headers = {"Authorization": f"Bearer {server.key}"}
+            assert (await client.get("/v1/models", headers=headers)).status_code == 200
+
+    streams.run(stop)
+    assert process.wait(15) == 0
+    server.stop()
+    assert streams.ends == {"done": 5}
+
+
+def test_r05_a_second_signal_is_quick(tmp_path: Path, tiny_base: Path) -> None:
+    server = LiveServer(tmp_path / "home", TUNEWRIGHT_DRAIN_GRACE_S="60")
+    server.run("models", "add", str(tiny_base), "--code", "tiny")
+    server.start()
+    warm(server)
+    streams = Streams(server, 10)
+    process = server._process
+    assert process is not None
+
+    async def stop_twice() -> None:
+        process.send_signal(signal.SIGTERM)
+        await asyncio.sleep(0.3)
+        assert process.poll() is None
+        began = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        await asyncio.to_thread(process.wait, 10)
+        assert time.monotonic() - began < 2
+
+    streams.run(stop_twice)
+    assert set(streams.ends) == {"broken"}, streams.ends
+    server.stop()
+    server.start()
+    assert server.stop() == 0
+
+
+def test_r06_kill_9_mid_stream_is_seen_and_frees_the_engine(server: LiveServer) -> None:
+    warm(server)
+    streams = Streams(server, 50)
+    active: list[int] = []
+
+    async def kill() -> None:
+        active.append((await asyncio.to_thread(worker_state, server)).active)
+        server.kill()
+        killed = time.monotonic()
+        while (await asyncio.to_thread(worker_state, server)).active:
+            assert time.monotonic() - killed < 2, "the worker goes on for nobody"
+            await asyncio.sleep(0.05)
+
+    streams.run(kill)
+    assert active[0] > 25, "the streams were still under way"
+    assert streams.ends["cut"] == streams.ends["error"] == 0 and streams.ends["broken"] >= active[0], streams.ends
+    server.start()
+    warm(server)
+
+
+def test_stop_ends_the_workers_of_an_earlier_server(server: LiveServer) -> None:
+    warm(server)
+    worker = worker_process(server)
+    server.kill()
+    server.start()
+    assert LocalRunner().alive(worker.pid, worker.start_ticks), "it is there to be adopted, if somebody asks for it"
+    assert server.stop() == 0
+    assert not LocalRunner().alive(worker.pid, worker.start_ticks)
+
+
+@pytest.mark.parametrize(
+    ("settings", "word"),
+    [
+        ({"TUNEWRIGHT_PORT": "x"}, "TUNEWRIGHT_PORT"),
+        ({"TUNEWRIGHT_DATABASE_URL": "sqlite:////nowhere/at/all.db"}, "/nowhere/at"),
+        ({"TUNEWRIGHT_DATABASE_URL": "mysql://user:secret@host/x"}, "postgresql"),
+        ({"TUNEWRIGHT_HOME": "/proc/nowhere"}, "/proc/nowhere"),
+    ],
+)
+def test_r08_what_the_operator_must_mend_is_one_line(tmp_path: Path, settings: dict[str, str], word: str) -> None:
+    environment = {**os.environ, "TUNEWRIGHT_HOME": str(tmp_path / "home"), "TUNEWRIGHT_PORT": "0", **settings}
+    began = time.monotonic()
+    done = subprocess.run(
+        [*TUNEWRIGHT, "serve"], capture_output=True, text=True, env=environment, timeout=30, check=False
+    )
+    assert done.returncode == 78
+    assert time.monotonic() - began < 4
+    assert len(done.stderr.splitlines()) == 1 and word in done.stderr and "secret" not in done.stderr
+    assert done.stdout == ""
