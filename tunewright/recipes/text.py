@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from tunewright.clock import mono_s
@@ -25,7 +26,7 @@ from tunewright.files_on_disk import publish_folder, sha256_of
 from tunewright.i18n import mark
 from tunewright.jobs.spec import Checkpoint, Finished, Metrics, Started
 from tunewright.recipes import adapters, checkpoints, flattened, packing
-from tunewright.recipes.attempt import Attempt, StopRequested
+from tunewright.recipes.attempt import UNFINISHED_RESULT, Attempt, StopRequested
 from tunewright.recipes.threads import choose_threads
 from tunewright.rendering.renderer import renderer_of
 
@@ -156,7 +157,7 @@ class Training:
                     "{rows} rows of {file} were cut to {max_length} tokens; {tokens} tokens were lost. Lines: {lines}"
                 ),
                 rows=rows.cut.rows,
-                file=Path(path).name,
+                file=param,
                 max_length=self.wanted.max_length,
                 tokens=rows.cut.tokens,
                 lines=rows.cut.lines_text(),
@@ -166,7 +167,7 @@ class Training:
                 "rows_skipped",
                 mark("{rows} rows of {file} were not used, for they hold no token to train on. Lines: {lines}"),
                 rows=rows.skipped.rows,
-                file=Path(path).name,
+                file=param,
                 lines=rows.skipped.lines_text(),
             )
         return rows
@@ -369,8 +370,8 @@ class Training:
         self.attempt.journal.sync()  # the steps that a resumed training will not repeat
         try:
             checkpoints.publish(self.spec, progress.step, write, self.attempt.check_fence)
-        except OSError as error:
-            if error.errno != errno.ENOSPC:
+        except (OSError, SafetensorError) as error:
+            if not checkpoints.is_disk_full(error):
                 raise
             self.attempt.note(
                 "checkpoint_not_saved", mark("The disk is full: no checkpoint at step {step}."), step=progress.step
@@ -417,7 +418,7 @@ class Training:
         """Publish `result/`; returns the sha256 of the adapter's weights."""
         self._require_finite(self.total_steps)
         final = self.attempt.folder / "result"
-        prepared = self.attempt.folder / ".prepare-result"
+        prepared = self.attempt.folder / UNFINISHED_RESULT
         shutil.rmtree(prepared, ignore_errors=True)
         prepared.mkdir()
         self._write_adapter(prepared)
