@@ -16,6 +16,8 @@ import pytest
 from tests.job_bench import PROJECT, TRAINER, Bench, a_base, whole_run
 from tunewright.clock import wall_ms
 from tunewright.errors import InvalidRequest, Unavailable
+from tunewright.files_on_disk import sha256_of
+from tunewright.jobs import moves
 from tunewright.jobs.records import CANCELLED, FAILED, PAUSED, QUEUED, RUNNING, SUCCEEDED
 from tunewright.jobs.service import CreateJob
 
@@ -99,7 +101,9 @@ def test_a_job_goes_on_from_a_tuned_model(bench: Bench) -> None:
     second = bench.until_over(bench.jobs.create(PROJECT, request).id)
     assert second.status == SUCCEEDED and second.base_code == "tiny"
     spec = json.loads((bench.home.jobs / second.id / "spec.json").read_bytes())
-    assert spec["start_adapter_path"] == str(bench.home.adapters / first.tuned_model_id)
+    folder = bench.home.adapters / first.tuned_model_id
+    assert spec["start_adapter_path"] == str(folder)
+    assert spec["start_adapter_sha256"] == sha256_of(folder / "adapter_model.safetensors")
 
 
 # --- trainers that die, hang or fail --------------------------------------------------------------------------------
@@ -196,7 +200,7 @@ def test_damaged_data_fails_before_training(bench: Bench) -> None:
     (bench.home.blobs / "files" / PROJECT / file_id).write_text("x")
     job = bench.jobs.create(PROJECT, CreateJob(model="tiny", training_file=file_id))
     done = bench.until_over(job.id)
-    assert done.error is not None and (done.error.code, done.error.param) == ("file_damaged", "training_file")
+    assert done.error is not None and (done.error.code, done.error.param) == ("file_integrity", "training_file")
     assert done.attempt == 0
 
 

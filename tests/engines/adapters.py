@@ -1,5 +1,6 @@
 """Adapters made by PEFT itself, with random B so that they change answers, and PEFT's own answers to compare with."""
 
+import json
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from tunewright.files_on_disk import sha256_of
 
+BASE_CODE = "tiny"
 ATTENTION_AND_MLP = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -40,6 +42,8 @@ def make_adapter(base: Path, folder: Path, *, seed: int, rank: int = 8, strength
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter, std=strength) if strength else torch.nn.init.zeros_(parameter)
     model.save_pretrained(str(folder))
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": BASE_CODE}))
     return folder
 
 

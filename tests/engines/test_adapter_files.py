@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.engines.adapters import make_adapter, sha256
+from tests.engines.adapters import BASE_CODE, make_adapter, sha256
 from tunewright.engines.adapter_files import read_adapter
 from tunewright.engines.general import GeneralDecoder
 from tunewright.engines.loading import load_model
@@ -52,16 +52,16 @@ def edit_bytes(folder: Path, change: Callable[[bytes], bytes]) -> None:
 def refusal(folder: Path, linears: Linears, digest: str | None = None) -> str:
     with pytest.raises(InvalidRequest) as caught:
         weights = folder / "adapter_model.safetensors"
-        read_adapter(folder, digest or (sha256(folder) if weights.is_file() else "0" * 64), linears)
+        read_adapter(folder, digest or (sha256(folder) if weights.is_file() else "0" * 64), BASE_CODE, linears)
     assert caught.value.code == "adapter_invalid"
     return caught.value.text()
 
 
 def test_what_peft_writes_is_accepted(adapters: list[Path], linears: Linears) -> None:
     for path, pairs_expected in zip(adapters, (14, 14, 4), strict=True):
-        pairs, tensors = read_adapter(path, sha256(path), linears)
+        pairs, tensors = read_adapter(path, sha256(path), BASE_CODE, linears)
         assert (len(pairs), tensors) == (pairs_expected, 2 * pairs_expected)
-    pairs, _ = read_adapter(adapters[2], sha256(adapters[2]), linears)
+    pairs, _ = read_adapter(adapters[2], sha256(adapters[2]), BASE_CODE, linears)
     assert pairs["model.layers.0.self_attn.q_proj"].scale == pytest.approx(32 / math.sqrt(16))
 
 
@@ -89,6 +89,11 @@ def test_what_peft_writes_is_accepted(adapters: list[Path], linears: Linears) ->
         ({"fan_in_fan_out": True}, "fan_in_fan_out"),
         ({"something_new": 1}, "something_new"),
         ({"layer_replication": [[0, 2]]}, "layer_replication"),
+        ({"base_model_name_or_path": "other"}, "belongs to the base other, not to tiny"),
+        ({"base_model_name_or_path": "../../etc"}, "base ../../etc"),
+        ({"base_model_name_or_path": "https://evil.test/x"}, "https://evil.test/x"),
+        ({"base_model_name_or_path": None}, "base null"),
+        ({"target_modules": "(a+)+$", "r": 10**9}, "r must be"),
     ],
 )
 def test_configuration_is_not_trusted(
@@ -191,6 +196,12 @@ def test_links_are_not_followed(adapter: Path, adapters: list[Path], linears: Li
     assert "adapter_model.safetensors" in refusal(adapter, linears, sha256(adapters[1]))
 
 
+def test_tokenizer_files_of_an_adapter_are_never_looked_at(adapter: Path, linears: Linears) -> None:
+    (adapter / "tokenizer.json").write_text("{broken")
+    (adapter / "tokenizer_config.json").write_text('{"chat_template": "{{ 1 / 0 }}"}')
+    assert read_adapter(adapter, sha256(adapter), BASE_CODE, linears)[0]
+
+
 def test_a_missing_folder_is_refused(tmp_path: Path, linears: Linears) -> None:
     assert "missing" in refusal(tmp_path / "nowhere", linears)
 
@@ -198,5 +209,5 @@ def test_a_missing_folder_is_refused(tmp_path: Path, linears: Linears) -> None:
 def test_half_precision_weights_are_accepted(tiny_base: Path, tmp_path: Path, linears: Linears) -> None:
     folder = make_adapter(tiny_base, tmp_path / "half", seed=5)
     edit_tensors(folder, lambda t: t.update({name: tensor.to(torch.bfloat16) for name, tensor in t.items()}))
-    pairs, _ = read_adapter(folder, sha256(folder), linears)
+    pairs, _ = read_adapter(folder, sha256(folder), BASE_CODE, linears)
     assert all(pair.down.dtype == pair.up.dtype == torch.float32 for pair in pairs.values())

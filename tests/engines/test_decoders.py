@@ -19,7 +19,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from tests.engines.adapters import Reference, request_values
+from tests.engines.adapters import BASE_CODE, Reference, request_values
 from tunewright.engines.adapter_files import Adapter, read_adapter
 from tunewright.engines.batch import Part, make_batch
 from tunewright.engines.decoder import Decoder
@@ -44,7 +44,7 @@ def decoder(request: pytest.FixtureRequest, tiny_base: Path) -> Decoder:
 
 def load(decoder: Decoder, folder: Path) -> Adapter:
     values = request_values(folder)
-    pairs, tensors = read_adapter(folder, values["adapter_sha256"], decoder.linears)
+    pairs, tensors = read_adapter(folder, values["adapter_sha256"], BASE_CODE, decoder.linears)
     return Adapter(folder.name, tensors, decoder.prepare(pairs))
 
 

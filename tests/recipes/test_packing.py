@@ -60,6 +60,14 @@ def test_only_ten_lines_are_named() -> None:
     assert tally.lines_text() == "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, …"
 
 
+def test_rows_that_stand_in_both_files_are_counted(tmp_path: Path, base: Path) -> None:
+    training = read(write_rows(tmp_path / "a.jsonl", ROWS), base)
+    fresh = [("Is it new?", "yes"), ("Is it old?", "no")]
+    validation = read(write_rows(tmp_path / "b.jsonl", [*fresh, ROWS[2], ROWS[2]]), base)
+    assert packing.overlap(training, validation) == 2
+    assert packing.overlap(validation, read(write_rows(tmp_path / "c.jsonl", ROWS[3:]), base)) == 0
+
+
 def test_every_epoch_is_a_permutation_of_its_own() -> None:
     first = packing.epoch_order(50, seed=3, epoch=0)
     assert sorted(first) == list(range(50))

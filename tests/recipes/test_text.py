@@ -181,6 +181,7 @@ def test_validation_rows_are_measured_at_each_epoch_end(tmp_path: Path, base: Pa
     found = train_here(spec)
     measured = {record.step: record.eval_loss for record in metrics(found) if record.eval_loss is not None}
     assert list(measured) == [4, 8, 12]
+    assert codes(found) == ["validation_overlap"]
     told = [record.metrics["full_valid_loss"] for record in found if isinstance(record, Checkpoint)]
     assert told == list(measured.values())
 

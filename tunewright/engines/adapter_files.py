@@ -35,12 +35,12 @@ _UNSAFE_SUFFIXES = frozenset(
 # Keys of adapter_config.json that may have any value: they say nothing about how the adapter acts.
 _FREE_KEYS = frozenset(
     {
-        "base_model_name_or_path", "revision", "task_type", "inference_mode", "peft_version", "lora_dropout",
+        "revision", "task_type", "inference_mode", "peft_version", "lora_dropout",
         "init_lora_weights", "megatron_core", "qalora_group_size", "target_modules", "exclude_modules",
     }
 )  # fmt: skip
 # Keys that are read.
-_READ_KEYS = frozenset({"peft_type", "r", "lora_alpha", "use_rslora"})
+_READ_KEYS = frozenset({"base_model_name_or_path", "peft_type", "r", "lora_alpha", "use_rslora"})
 # Every other key, known or not, must say "off".
 _OFF = (None, False, [], {}, "none")
 
@@ -71,7 +71,9 @@ class Adapter:
     load_ms: float = 0.0
 
 
-def read_adapter(folder: Path, sha256: str, linears: dict[str, tuple[int, int]]) -> tuple[dict[str, Pair], int]:
+def read_adapter(
+    folder: Path, sha256: str, base_code: str, linears: dict[str, tuple[int, int]]
+) -> tuple[dict[str, Pair], int]:
     """Read and check a PEFT folder. `linears` maps the base's module names to (in, out) features.
 
     Returns float32 pairs by module name, and the number of tensors in the file. Raises InvalidRequest `adapter_invalid`
@@ -83,6 +85,9 @@ def read_adapter(folder: Path, sha256: str, linears: dict[str, tuple[int, int]])
     tensors = _read_weights(folder, sha256, problems)
     pairs: dict[str, Pair] = {}
     if config is not None:
+        if config.get("base_model_name_or_path") != base_code:
+            found = quote(config.get("base_model_name_or_path"))
+            problems.append(f"{CONFIG_FILE}: the adapter belongs to the base {found}, not to {quote(base_code)}")
         rank, scale = _rank_and_scale(config, problems)
         if tensors is not None:
             pairs = _pair_up(tensors, rank, scale, linears, problems)

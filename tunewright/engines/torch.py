@@ -225,7 +225,7 @@ class Engine:
         started = time.perf_counter()
         result: Adapter | TunewrightError
         try:
-            pairs, tensors = read_adapter(folder, key.sha256, self._decoder.linears)
+            pairs, tensors = read_adapter(folder, key.sha256, self._base_code, self._decoder.linears)
             result = Adapter(key.adapter_id, tensors, self._decoder.prepare(pairs))
             result.load_ms = (time.perf_counter() - started) * 1000
         except TunewrightError as error:

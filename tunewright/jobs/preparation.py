@@ -13,7 +13,7 @@ from tunewright.i18n import mark
 from tunewright.jobs.hyperparameters import resolve
 from tunewright.jobs.records import Job
 from tunewright.jobs.spec import Hyperparameters, TrainingSpec
-from tunewright.models.records import Base
+from tunewright.models.records import Base, TunedModel
 from tunewright.settings import HomeFolder, Settings
 
 if TYPE_CHECKING:
@@ -71,6 +71,7 @@ class Preparation:
         files = self._files(job)
         for name, file in files.items():
             self._materialise(job, name, file, check=False)
+        start = self._start_model(job)
         validation = files.get("validation")
         return TrainingSpec(
             job_id=job.id,
@@ -79,7 +80,8 @@ class Preparation:
             base_code=base.code,
             base_path=str(base.path),
             base_files=base.files,
-            start_adapter_path=self._start_adapter(job),
+            start_adapter_path=None if start is None else str(self._home.adapters / (start.adapter_path or "")),
+            start_adapter_sha256=None if start is None else start.adapter_sha256,
             method=job.method,
             training_type=job.training_type,
             training_data=str(self._data(job, "train")),
@@ -130,23 +132,21 @@ class Preparation:
         if check and sha256_of(target) != file.sha256:
             target.unlink()
             raise Conflict(
-                "file_damaged",
+                "file_integrity",
                 mark("The stored bytes of file {file} are not those that were uploaded. Upload it again."),
                 param=_PARAMS[name],
                 file=file.id,
             )
 
-    def _start_adapter(self, job: Job) -> str | None:
-        """Folder of the adapter to continue from, None when the job starts from the base."""
+    def _start_model(self, job: Job) -> TunedModel | None:
+        """The model to continue from, None when the job starts from the base."""
         with self._storage.read() as tx:
             model = tx.models.find(job.project_id, job.model)
-        if model is None:
-            return None
-        if model.status != "ready" or model.adapter_path is None:
+        if model is not None and (model.status != "ready" or model.adapter_path is None):
             raise NotFound(
                 "model_not_found", mark("The model {model} to continue from is gone."), param="model", model=job.model
             )
-        return str(self._home.adapters / model.adapter_path)
+        return model
 
     def _data(self, job: Job, name: str) -> Path:
         return self._home.jobs / job.id / "data" / f"{name}.jsonl"
