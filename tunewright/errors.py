@@ -128,7 +128,15 @@ class Misconfigured(TunewrightError):
 
 
 def quote(value: object) -> str:
-    """At most 40 characters of a value, printable, for use inside a sentence."""
-    text = value if isinstance(value, str) else repr(value)
+    """At most 40 characters of a value, printable, for use inside a sentence. JSON's other values are spelled as in JSON;
+    of lists and objects only the brackets are shown, for they may be as large as a body."""
+    if isinstance(value, list | tuple):
+        text = "[…]" if value else "[]"
+    elif isinstance(value, dict):
+        text = "{…}" if value else "{}"
+    elif value is None or isinstance(value, bool):
+        text = {None: "null", True: "true", False: "false"}[value]
+    else:
+        text = value if isinstance(value, str) else repr(value)
     shown = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text[:40])
     return shown + ("…" if len(text) > 40 else "")

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Callable, Coroutine
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi.routing import APIRoute, APIRouter
 from starlette.concurrency import run_in_threadpool
@@ -24,6 +24,7 @@ MULTIPART_SLACK_BYTES = 1 << 20
 
 _PARSED_IN_PLACE_BYTES = 256 * 1024
 """Longer JSON is parsed in a thread, so that it does not hold up everybody's streams."""
+_Result = TypeVar("_Result")
 
 
 class BodyLimits:
@@ -129,6 +130,13 @@ class StrictRequest(Request):
                 raise InvalidRequest("invalid_body", mark("The body must be a JSON object."))
             self._object = value
         return self._object
+
+
+async def beside_large(request: Request, function: Callable[..., _Result], *args: Any) -> _Result:
+    """`function(*args)`; in a thread if the request's body, whose parts it goes through, is large."""
+    if len(await request.body()) <= _PARSED_IN_PLACE_BYTES:
+        return function(*args)
+    return await run_in_threadpool(function, *args)
 
 
 class StrictRoute(APIRoute):

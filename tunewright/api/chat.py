@@ -134,7 +134,9 @@ def check_response_format(value: Any) -> None:
     """Null or plain text. Raises InvalidRequest (`response_format_not_supported`, `invalid_value`)."""
     if value is None:
         return
-    kind = value.get("type") if isinstance(value, dict) else None
+    if not isinstance(value, dict):
+        raise invalid("response_format", mark("{field} must be an object, not {value}."), value=quote(value))
+    kind = value.get("type")
     if kind == "text":
         return
     if kind in ("json_object", "json_schema"):

@@ -7,8 +7,6 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-import msgspec
-
 from tunewright.api.errors import invalid, missing
 from tunewright.errors import InvalidRequest, quote
 from tunewright.i18n import mark
@@ -193,9 +191,5 @@ def tool_choice_of(choice: Any, tools: Sequence[dict[str, Any]]) -> str:
         if isinstance(name, str) and name in names:
             return name
         raise invalid("tool_choice", mark("{field} names a function that tools does not hold."))
-    shown = choice if isinstance(choice, str) else msgspec.json.encode(choice).decode()
-    raise invalid(
-        "tool_choice",
-        mark("{field} must be auto, none, required or a function of tools, not {value}."),
-        value=quote(shown),
-    )
+    sentence = mark("{field} must be auto, none, required or a function of tools, not {value}.")
+    raise invalid("tool_choice", sentence, value=quote(choice))

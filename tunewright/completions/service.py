@@ -2,9 +2,12 @@
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from pathlib import Path
+from typing import Any
+
+import msgspec
 
 from tunewright.accounts.records import Caller
 from tunewright.completions.vocabulary import (
@@ -110,19 +113,23 @@ class CompletionService:
         conversation = request.conversation
         if not _offers_tools(request):
             conversation = Conversation(messages=conversation.messages)
+        # Rendering 20 MB takes half a minute of a processor: what can't fit is refused by its length.
+        texts = sum(len(message.content or "") for message in conversation.messages)
+        least = (texts + _size_of(conversation.tools)) // renderer.longest_token
+        if least >= self._context(base):
+            sentence = mark("The prompt has at least {prompt} tokens; this model's context holds {context}.")
+            raise _too_long(sentence, least, self._context(base))
         return base, resolved.tuned, renderer, renderer.prompt(conversation)
+
+    def _context(self, base: Base) -> int:
+        return min(base.context_tokens, self._settings.engine_context_tokens)
 
     def _order(self, base: Base, request: ChatRequest, renderer: Renderer, prompt: list[int]) -> Generate:
         sampling = request.sampling
-        context = min(base.context_tokens, self._settings.engine_context_tokens)
+        context = self._context(base)
         if len(prompt) >= context:
-            raise InvalidRequest(
-                "context_length_exceeded",
-                mark("The prompt has {prompt} tokens; this model's context holds {context}, answer included."),
-                param="messages",
-                prompt=len(prompt),
-                context=context,
-            )
+            sentence = mark("The prompt has {prompt} tokens; this model's context holds {context}, answer included.")
+            raise _too_long(sentence, len(prompt), context)
         if sampling.max_tokens is not None and sampling.max_tokens > context:
             raise InvalidRequest(
                 "invalid_value",
@@ -157,6 +164,15 @@ class CompletionService:
             self._under_way[caller.key_id] -= 1
             if not self._under_way[caller.key_id]:
                 del self._under_way[caller.key_id]
+
+
+def _too_long(sentence: str, prompt: int, context: int) -> InvalidRequest:
+    return InvalidRequest("context_length_exceeded", sentence, param="messages", prompt=prompt, context=context)
+
+
+def _size_of(tools: Sequence[Any]) -> int:
+    """Characters that tools add to a prompt, by a low guess: templates write them in ways of their own."""
+    return len(msgspec.json.encode(tools)) // 8
 
 
 def _offers_tools(request: ChatRequest) -> bool:

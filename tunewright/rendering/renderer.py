@@ -66,6 +66,8 @@ class Renderer:
         """Whether the template itself writes tools; else ours are used (docs/tool-format.md)."""
         self.vocabulary_size: int = self._tokens.vocabulary_size
         """One more than the largest token id."""
+        self.longest_token: int = self._tokens.longest
+        """Characters of the longest token: a text of n characters makes n / longest_token tokens at least."""
         eos = self._tokens.id_of(files.tokens.get("eos_token", ""))
         self._eos = eos if eos is not None else next(iter(files.eos_ids), None)
         self._opening = self._opening_of(_PROBE[:1])

@@ -59,7 +59,9 @@ class Tokens:
         self._first_encoded = lru_cache(64)(lambda text: tuple(_ids(self._first, text)))
         self._template_encoded = lru_cache(4096)(lambda text: tuple(_ids(self._control, text)))
         self._bytes: dict[int, bytes] = {}
-        self.vocabulary_size = max(self._first.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        vocabulary = self._first.get_vocab(with_added_tokens=True)
+        self.vocabulary_size = max(vocabulary.values(), default=-1) + 1
+        self.longest = max(map(len, vocabulary), default=1)
 
     def id_of(self, token: str) -> int | None:
         """The id of a token's text, None if the vocabulary lacks it."""

@@ -8,7 +8,7 @@ from starlette.responses import Response
 
 from tunewright.api.access import exchange_of
 from tunewright.api.auth import CallerOf
-from tunewright.api.body import router_at
+from tunewright.api.body import beside_large, router_at
 from tunewright.api.chat import (
     ChatFields,
     ChunkWriter,
@@ -54,7 +54,8 @@ async def create(request: Request, body: ChatBody, caller: CallerOf, completions
     if body.modalities not in (None, ["text"]):
         raise unsupported("modalities")
     usage_chunk = wants_usage(body)
-    chat = chat_request(body, _sampling(body), ROLES, exchange_of(request.scope).request_id)
+    request_id = exchange_of(request.scope).request_id
+    chat = await beside_large(request, chat_request, body, _sampling(body), ROLES, request_id)
     writer = ChunkWriter(chat.model, {}, usage_with_finish=False, usage_chunk=usage_chunk) if body.stream else None
     return await respond(request, completions, caller, chat, writer, {})
 

@@ -8,7 +8,7 @@ from starlette.responses import Response
 
 from tunewright.api.access import exchange_of
 from tunewright.api.auth import CallerOf
-from tunewright.api.body import router_at
+from tunewright.api.body import beside_large, router_at
 from tunewright.api.chat import (
     ChatFields,
     ChunkWriter,
@@ -51,7 +51,7 @@ async def create(request: Request, body: ChatBody, caller: CallerOf, completions
     if len(request_id) > 256:
         raise invalid("request_id", mark("{field} is too long."))
     usage_chunk = wants_usage(body)
-    chat = chat_request(body, _sampling(body), ROLES, request_id)
+    chat = await beside_large(request, chat_request, body, _sampling(body), ROLES, request_id)
     extra: dict[str, Any] = {"request_id": request_id}
     writer = None
     if body.stream:
