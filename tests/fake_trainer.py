@@ -44,6 +44,8 @@ class Orders(msgspec.Struct):
     ignore_sigterm: bool = False
     fork_child: bool = False
     fail: str | None = None
+    fails: int = 99
+    """How many attempts fail."""
     wrong_hash: bool = False
     holds: list[int] = []
     """Attempt n waits after step holds[n - 1] until it is asked to stop, killed, or there is a file `go`."""
@@ -83,7 +85,7 @@ class Trainer:
                 renderer_hash="r" * 64,
             )
         )
-        if self.orders.fail:
+        if self.orders.fail and self.spec.attempt <= self.orders.fails:
             self.write(Failed(code=self.orders.fail, message="Row {row} can't be used", values={"row": 7, "code": "x"}))
             return
         while step < self.orders.steps:

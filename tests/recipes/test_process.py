@@ -1,12 +1,15 @@
 """The trainer as the server meets it: a process with a lock, a heartbeat and a journal, ended by signals."""
 
+import resource
 import signal
 import time
 from pathlib import Path
 
 import msgspec
+import pytest
 
 from tests.recipes.job_folder import (
+    codes,
     log_text,
     losses,
     next_attempt,
@@ -17,7 +20,7 @@ from tests.recipes.job_folder import (
     train_here,
     write_job,
 )
-from tunewright.jobs.spec import Finished, Stopped, TrainerProcess
+from tunewright.jobs.spec import Failed, Finished, Stopped, TrainerProcess
 from tunewright.recipes import checkpoints
 
 
@@ -108,3 +111,24 @@ def test_a_crash_says_nothing_to_the_server_and_all_to_the_log(tmp_path: Path, b
     assert run_trainer(spec) not in (0, 75)
     assert not any(isinstance(record, Finished | Stopped) for record in records(spec))
     assert "NotADirectoryError" in log_text(spec) or "FileExistsError" in log_text(spec)
+
+
+@pytest.mark.parametrize("limit", [15_000, 22_000, 30_000])
+def test_r42_a_full_disk_costs_the_checkpoint_only(tmp_path: Path, base: Path, limit: int) -> None:
+    """No file may grow beyond `limit`: the adapter (19848 bytes), the random states or the optimizer's do not fit."""
+    spec = write_job(tmp_path / "job", base, n_epochs=2)
+    process = start_trainer(spec)
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (limit, limit))
+    assert process.wait(120) == 0
+    found = records(spec)
+    assert codes(found) == ["checkpoint_not_saved"] * 2
+    if limit > 20_000:
+        assert isinstance(found[-1], Finished), "the result has room"
+    else:
+        assert isinstance(found[-1], Failed) and found[-1].code == "insufficient_storage"
+    left = [path for path in tmp_path.rglob("*") if path.name.startswith(".")]
+    assert not (tmp_path / "job" / "checkpoints").exists() or not list((tmp_path / "job" / "checkpoints").iterdir())
+    assert left == []
+    again = next_attempt(spec)
+    assert run_trainer(again) == 0
+    assert isinstance(records(again)[-1], Finished)

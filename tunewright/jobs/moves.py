@@ -45,6 +45,8 @@ _PAUSE_PATIENCE_S = 60.0
 _PROOF_PATIENCE_S = 600.0
 """How long an engine that can't be asked is waited for before a whole training is given up."""
 _MOST_BUG_TRIES = 8
+_ROOM_DELAY_S = 60.0
+"""How long a job waits before it looks again whether the disk has room."""
 _LONGEST_RESTART_DELAY_S = 10.0
 
 
@@ -201,6 +203,8 @@ class Moves:
         elif self._trainers.end(job, _LINGER_S, ask=False):
             if isinstance(terminal, Finished):
                 self._finish(job, terminal)
+            elif isinstance(terminal, Failed) and terminal.code == "insufficient_storage":
+                self._wait_for_room(job, terminal)
             elif isinstance(terminal, Failed):
                 self._fail(job, terminal.code, terminal.message, terminal.param, terminal.values)
             else:
@@ -236,6 +240,12 @@ class Moves:
         text = mark("The trainer ended unexpectedly at step {step}; going on from step {checkpoint}")
         event = events.message(job, "trainer_died", text, level="warn", step=job.step, checkpoint=step)
         self._requeue(job, event, failures=failures)
+
+    def _wait_for_room(self, job: Job, failed: Failed) -> None:
+        """A full disk says nothing about the job: it goes on from its last checkpoint when there is room again."""
+        log.error("job_waits_for_room", job=job.id, code=failed.code, step=job.step)
+        self._not_before_s[job.id] = mono_s() + _ROOM_DELAY_S
+        self._requeue(job, events.message(job, failed.code, failed.message, level="warn"))
 
     def _finish(self, job: Job, finished: Finished) -> None:
         errand = self._errand(job, "prove", lambda: self._publication.prove(job, self._preparation.base(job), finished))

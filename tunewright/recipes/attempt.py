@@ -8,6 +8,9 @@ from typing import Any
 from tunewright.jobs.spec import Failed, JournalRecord, Note, Started, Stopped, TrainingSpec
 from tunewright.recipes.journal_writer import JournalWriter
 
+UNFINISHED_RESULT = ".prepare-result"
+"""The folder in which `result/` is made ready."""
+
 
 class StopRequested(Exception):
     """SIGTERM came: save and leave."""

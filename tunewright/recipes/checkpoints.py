@@ -9,6 +9,7 @@
 A checkpoint is prepared in a hidden folder and becomes visible by one rename. No pickle anywhere.
 """
 
+import errno
 import hashlib
 import json
 import random
@@ -19,6 +20,7 @@ from typing import Any
 
 import msgspec
 import numpy as np
+from safetensors import SafetensorError
 
 from tunewright.files_on_disk import publish_folder, sha256_of
 from tunewright.jobs.spec import TrainingSpec
@@ -28,6 +30,7 @@ STATE = "state.json"
 KEPT = 3
 _FORMAT = 1
 _HIDDEN = ".prepare-"
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def newest_step(folder: Path) -> int:
@@ -43,7 +46,7 @@ def checkpoint_path(folder: Path, step: int) -> Path:
 def publish(spec: TrainingSpec, step: int, write: Callable[[Path], None], before_rename: Callable[[], None]) -> None:
     """Let `write` fill a folder, seal it with a manifest and publish it as `step`; then drop all but the newest `KEPT`.
 
-    `before_rename` may raise to forbid it. Nothing is left behind on any error. Raises OSError (ENOSPC, say).
+    `before_rename` may raise to forbid it. Nothing is left behind on any error. `is_disk_full` knows those of a full disk.
     """
     folder = Path(spec.work_folder)
     final = checkpoint_path(folder, step)
@@ -86,6 +89,13 @@ def newest_verified(spec: TrainingSpec, on_corrupt: Callable[[int], None]) -> Pa
         path.rename(aside)
         on_corrupt(step)
     return None
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether an error of writing means that there is no room, or no more that this user may take."""
+    if isinstance(error, SafetensorError):  # which has the number in its text only
+        return any(f"(os error {number})" in str(error) for number in _NO_ROOM)
+    return isinstance(error, OSError) and error.errno in _NO_ROOM
 
 
 def write_state(folder: Path, state: dict[str, Any]) -> None:

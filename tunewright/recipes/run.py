@@ -5,10 +5,10 @@ Takes the job's lock, tells who it is, beats once a second, runs the recipe, and
 without a last record, whose traceback is in the log and which the server may retry.
 """
 
-import errno
 import faulthandler
 import fcntl
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -25,7 +25,7 @@ from tunewright.files_on_disk import write_atomically
 from tunewright.i18n import mark
 from tunewright.jobs.spec import Failed, JournalRecord, Stopped, TrainerProcess, TrainingSpec
 from tunewright.recipes import checkpoints
-from tunewright.recipes.attempt import Attempt, StopRequested, Superseded, newest_attempt
+from tunewright.recipes.attempt import UNFINISHED_RESULT, Attempt, StopRequested, Superseded, newest_attempt
 from tunewright.recipes.integrity import verify_inputs
 from tunewright.recipes.journal_writer import JournalWriter
 
@@ -69,10 +69,11 @@ def run(attempt: Attempt) -> JournalRecord:
             raise
         traceback.print_exc()
         return Failed(code=error.code, message=error.message, param=error.param, values=error.values)
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
+    except Exception as error:
+        if not checkpoints.is_disk_full(error):
             raise
         traceback.print_exc()
+        shutil.rmtree(attempt.folder / UNFINISHED_RESULT, ignore_errors=True)  # the room it takes may help others
         full = StorageFull("insufficient_storage", mark("There was no room on the disk to save the trained model."))
         return Failed(code=full.code, message=full.message)
 
