@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Callable
 from typing import Any
 
 import httpx
@@ -50,6 +51,16 @@ BODIES: list[tuple[str, str, bytes, int, str, str | None]] = [
     ("A09 deep", CHAT, b'{"x":' + b"[" * 40 + b"]" * 40 + b"}", 400, "nesting_too_deep", None),
     ("A09 very deep", CHAT, b'{"x":' + b"[" * 100_000 + b"]" * 100_000 + b"}", 400, "nesting_too_deep", None),
     ("A09 wide", JOBS, json.dumps({str(i): 0 for i in range(20_000)}).encode(), 400, "too_many_fields", None),
+    ("A09 large chat", CHAT, b'{"model":"' + b"a" * 20 * 2**20 + b'"}', 413, "body_too_large", None),
+    (
+        "A09 200,000 keys",
+        CHAT,
+        json.dumps({"x": dict.fromkeys(map(str, range(200_000)), 0)}).encode(),
+        400,
+        "too_many_fields",
+        None,
+    ),
+    ("A34 large", CHAT, chat(stream=[[0]] * 10**5), 400, "invalid_value", "stream"),
     ("A09 large", JOBS, b'{"model":"' + b"a" * 2**20 + b'"}', 413, "body_too_large", None),
     ("A10 surrogate", CHAT, b'{"model":"\\ud800"}', 400, "invalid_unicode", None),
     ("A10 NUL", CHAT, b'{"model":"\\u0000"}', 400, "invalid_unicode", None),
@@ -69,6 +80,25 @@ BODIES: list[tuple[str, str, bytes, int, str, str | None]] = [
     ("A14 fraction", JOBS, job(hyperparameters={"n_epochs": 1.5}), 400, "invalid_value", "hyperparameters.n_epochs"),
     ("A14 true", JOBS, job(hyperparameters={"n_epochs": True}), 400, "invalid_value", "hyperparameters.n_epochs"),
     ("A14 huge", JOBS, job(hyperparameters={"n_epochs": 1e9}), 400, "invalid_value", "hyperparameters.n_epochs"),
+    *[
+        (
+            f"A15 {value}",
+            JOBS,
+            job(hyperparameters={"learning_rate_multiplier": value}),
+            400,
+            "invalid_value",
+            "hyperparameters.learning_rate_multiplier",
+        )
+        for value in (0, -1, "1e-4", 1e6)
+    ],
+    *[
+        (f"A17 {name}", JOBS, job(hyperparameters={name: value}), 400, code, f"hyperparameters.{name}")
+        for name, value, code in (
+            ("lora_rank", 257, "invalid_value"),
+            ("lora_rank", 7.5, "invalid_value"),
+            ("target_modules", ["(a+)+$"] * 10_000, "unknown_parameter"),
+        )
+    ],
     ("A16 huge", JOBS, job(hyperparameters={"batch_size": 10**9}), 400, "invalid_value", "hyperparameters.batch_size"),
     ("A18 long", JOBS, job(suffix=NAME_WITH_65), 400, "invalid_suffix", "suffix"),
     ("A18 space", JOBS, job(suffix="a b"), 400, "invalid_suffix", "suffix"),
@@ -98,6 +128,9 @@ BODIES: list[tuple[str, str, bytes, int, str, str | None]] = [
         for name in ("status", "id", "tenant_id", "project_id", "fine_tuned_model")
     ],
     ("A23 pairs", JOBS, job(metadata={str(i): "x" for i in range(17)}), 400, "invalid_value", "metadata"),
+    ("A23 long key", JOBS, job(metadata={"k" * 65: "x"}), 400, "invalid_value", "metadata"),
+    ("A23 long value", JOBS, job(metadata={"a": "x" * 513}), 400, "invalid_value", "metadata"),
+    ("A23 number", JOBS, job(metadata={"a": 1}), 400, "invalid_value", "metadata"),
     ("A23 nested", JOBS, job(metadata={"a": {}}), 400, "invalid_value", "metadata"),
     ("A29 missing", CHAT, b'{"model":"tiny"}', 400, "missing_required_parameter", "messages"),
     ("A29 empty", CHAT, chat(messages=[]), 400, "invalid_value", "messages"),
@@ -127,6 +160,17 @@ BODIES: list[tuple[str, str, bytes, int, str, str | None]] = [
         "modality_not_supported",
         "messages[0].content[1].type",
     ),
+    *[
+        (
+            f"A38 {url[:12]}",
+            CHAT,
+            message(content=[{"type": "image_url", "image_url": {"url": url}}]),
+            400,
+            "modality_not_supported",
+            "messages[0].content[0].type",
+        )
+        for url in ("http://169.254.169.254/x", "file:///etc/passwd", "data:image/png;base64,AAAA")
+    ],
     ("A31 zero", CHAT, chat(max_tokens=0), 400, "invalid_value", "max_tokens"),
     ("A31 negative", CHAT, chat(max_tokens=-1), 400, "invalid_value", "max_tokens"),
     ("A31 float", CHAT, chat(max_tokens=1.5), 400, "invalid_value", "max_tokens"),
@@ -143,6 +187,15 @@ BODIES: list[tuple[str, str, bytes, int, str, str | None]] = [
     ("A34 text", CHAT, chat(stream="true"), 400, "invalid_value", "stream"),
     ("A34 options", CHAT, chat(stream_options={"include_usage": True}), 400, "invalid_value", "stream_options"),
     ("A35", CHAT, chat(logit_bias={"5": 100}), 400, "unsupported_parameter", "logit_bias"),
+    ("A36 text", CHAT, chat(response_format="json"), 400, "invalid_value", "response_format"),
+    (
+        "A36 schema",
+        CHAT,
+        chat(response_format={"type": "json_schema", "json_schema": {"pattern": "(a+)+b", "$ref": "#"}}),
+        400,
+        "response_format_not_supported",
+        "response_format.type",
+    ),
     ("A36 unknown", CHAT, chat(response_format={"type": "xml"}), 400, "invalid_value", "response_format.type"),
     (
         "A36 json",
@@ -197,6 +250,8 @@ async def test_bad_bodies(
         )
         error = answer.json()["error"]
         assert (answer.status_code, code_of(error), error["param"]) == (status, code, param), answer.text
+        assert len(error["message"]) < 400, "at most 40 characters of a value"
+        assert not re.search(r"\b(None|True|False)\b|\{'", error["message"]), "Python's spelling"
         assert error["message"] and not re.search(r"\{[a-z_]+\}", error["message"]), "a place was not filled"
         assert b"\n" not in answer.content
         assert "detail" not in answer.json()
@@ -338,7 +393,15 @@ async def test_a43_headers(client: httpx.AsyncClient) -> None:
 
 
 @pytest.mark.parametrize(
-    ("sent", "echoed"), [("abc-1.2_X", "abc-1.2_X"), ("a" * 65, None), ("a b", None), ("<script>", None)]
+    ("sent", "echoed"),
+    [
+        ("a" * 10_000, None),
+        ("req-20261123012344783-q71wpk5ebm3q2b5o3qes", "req-20261123012344783-q71wpk5ebm3q2b5o3qes"),
+        ("abc-1.2_X", "abc-1.2_X"),
+        ("a" * 65, None),
+        ("a b", None),
+        ("<script>", None),
+    ],
 )
 async def test_a44_request_ids_are_ours(client: httpx.AsyncClient, sent: str, echoed: str | None) -> None:
     answer = await client.get("/v1/models", headers={"X-Request-Id": sent})
@@ -346,12 +409,39 @@ async def test_a44_request_ids_are_ours(client: httpx.AsyncClient, sent: str, ec
     assert answer.headers.get("x-client-request-id") == echoed
 
 
-async def test_a46_no_cross_origin_grant(client: httpx.AsyncClient) -> None:
-    answer = await client.options(
-        "/v1/models", headers={"Origin": "https://evil", "Access-Control-Request-Method": "GET"}
-    )
-    assert answer.status_code == 405
-    assert not [name for name in answer.headers if name.startswith("access-control")]
+@pytest.mark.parametrize("origin", ["https://evil", "null", "http://localhost"])
+@pytest.mark.parametrize("method", ["GET", "DELETE"])
+async def test_a46_no_cross_origin_grant(client: httpx.AsyncClient, world: World, origin: str, method: str) -> None:
+    headers = {"Origin": origin, "Access-Control-Request-Method": method}
+    async with world.client(None) as browser:  # a preflight carries no key
+        preflight = await browser.options("/v1/files/file-x", headers=headers)
+    known = await client.options("/v1/files/file-x", headers=headers)
+    assert (preflight.status_code, known.status_code) == (401, 405)
+    simple = await client.get("/v1/models", headers={"Origin": origin})
+    for answer in (preflight, known, simple):
+        assert not [name for name in answer.headers if name.startswith("access-control")]
+
+
+async def test_a24_integrations_are_ignored_and_shown_as_none(client: httpx.AsyncClient, file_id: str) -> None:
+    """No address of a caller is ever dialled: there is nothing in this release that would."""
+    for url in ("http://169.254.169.254/", "http://[::ffff:7f00:1]/", "http://user@localhost:22/"):
+        body = {"model": "tiny", "training_file": file_id, "integrations": [{"type": "webhook", "url": url}]}
+        answer = await client.post("/v1" + JOBS, json=body)
+        assert (answer.status_code, answer.json()["integrations"]) == (200, [])
+        assert url not in answer.text
+
+
+async def test_a50_texts_of_callers_stay_texts(
+    client: httpx.AsyncClient, file_id: str, log_lines: Callable[[], list[dict[str, Any]]]
+) -> None:
+    for text in ("<script>alert(1)</script>", "\x1b[31mred", "a\r\nX-Evil: 1", '"}{"x":"'):
+        body = {"model": "tiny", "training_file": file_id, "metadata": {"title": text}, "user": text}
+        answer = await client.post("/v1" + JOBS, json=body)
+        assert (answer.status_code, answer.json()["metadata"]) == (200, {"title": text})
+        assert answer.headers["content-type"] == "application/json" and "x-evil" not in answer.headers
+    lines = log_lines()  # each parsed as one JSON object
+    assert len([line for line in lines if line["event"] == "request"]) == 4
+    assert "script" not in str(lines) and "evil" not in str(lines).lower()
 
 
 async def test_errors_speak_the_callers_language(client: httpx.AsyncClient) -> None:

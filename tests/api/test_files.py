@@ -221,6 +221,18 @@ async def test_a_body_without_length_is_refused_at_the_crossing_byte(client: htt
     assert sent < 64
 
 
+async def test_f20_a_full_disk_is_an_answer_in_both_dialects(tmp_path: Path) -> None:
+    world = World(tmp_path / "home", min_free_disk_bytes=2**62)
+    before = left_behind(world)
+    async with world.client() as client:
+        for prefix, status, code in (("/v1", 507, "insufficient_storage"), ("/api/paas/v4", 500, "1100")):
+            answer = await post(client, form(PURPOSE, FILE), prefix=prefix)
+            assert (answer.status_code, answer.json()["error"]["code"]) == (status, code)
+            assert answer.headers["x-should-retry"] == "false"
+            assert left_behind(world) == before
+    world.platform.storage.close()
+
+
 async def test_refused_rows_are_listed_with_their_places(client: httpx.AsyncClient) -> None:
     bad = b'{"messages":[{"role":"user","content":"x"},{"role":"boss","content":"y"}]}\n'
     openai = (await post(client, form(PURPOSE, (FILE[0], bad * 3)))).json()["error"]

@@ -80,6 +80,12 @@ def test_a_checkpoint_of_another_training_is_not_ours(spec: TrainingSpec, tmp_pa
     assert newest(other) == (None, [2])
 
 
+def test_a_checkpoint_of_a_later_release_is_not_read(spec: TrainingSpec) -> None:
+    path = checkpoints.checkpoint_path(Path(spec.work_folder), 2) / checkpoints.MANIFEST
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 2}))
+    assert newest(spec) == ("step-1", [2])
+
+
 def test_a_refused_checkpoint_leaves_nothing(spec: TrainingSpec) -> None:
     def refuse() -> None:
         raise PermissionError

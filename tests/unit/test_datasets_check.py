@@ -28,6 +28,7 @@ from tests.unit.bad_rows import (
     reply,
 )
 from tests.unit.bad_rows import line as one_line
+from tunewright.datasets import check as check_module
 from tunewright.datasets.check import check
 from tunewright.datasets.report import MAX_PROBLEMS, Report
 
@@ -133,6 +134,15 @@ def test_minimum_of_rows_is_a_setting(tmp_path: Path) -> None:
     assert [p.code for p in report.problems if p.severity == "error"] == ["too_few_examples"]
     assert report.problems[0].values == {"found": 9, "needed": 10}
     assert checked(tmp_path, file(*[GOOD] * 10), limits=limits).ok
+
+
+def test_a_file_of_too_many_lines_is_refused_at_the_first_too_many(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(check_module, "MAX_ROWS", 3)
+    report = checked(tmp_path, file(*[GOOD] * 9))
+    assert report.counts["too_many_examples"] == 1 and report.rows == 3
+    assert checked(tmp_path, file(*[GOOD] * 3)).ok
 
 
 def test_a_line_at_the_limit_passes_and_one_over_it_does_not(tmp_path: Path) -> None:
