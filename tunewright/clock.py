@@ -12,6 +12,11 @@ def wall_s() -> int:
     return int(time.time())
 
 
+def wall_s_after(*earlier: int | None) -> int:
+    """The same, but never before any of these: a clock that is set back makes no job end before it began."""
+    return max(wall_s(), *(moment or 0 for moment in earlier))
+
+
 def wall_ms() -> int:
     """Unix time in milliseconds (ids, JWT claims of the Zhipu dialect)."""
     return int(time.time() * 1000)

@@ -51,7 +51,7 @@ class Settings(BaseSettings):
     engine_queue: int = Field(default=256, ge=1, description="Requests waiting at one worker before it refuses")
     engine_adapters: int = Field(default=32, ge=1, description="Adapters held in memory by one worker")
     engine_context_tokens: int = Field(default=4096, ge=64, description="Longest prompt plus answer that is served")
-    engine_start_limit_s: float = Field(default=120.0, gt=0, description="A worker not ready after this is a failure")
+    engine_start_limit_s: float = Field(default=600.0, gt=0, description="A worker not ready after this is a failure")
     engine_idle_exit_s: float = Field(default=120.0, gt=0, description="An orphaned idle worker ends itself after this")
     engine_silence_limit_s: float = Field(
         default=8.0, gt=0, description="An engine worker that says nothing for this long is killed"

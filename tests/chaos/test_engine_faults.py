@@ -1,10 +1,14 @@
 """Engine workers that die, freeze, outlive their server, or are merely busy."""
 
 import asyncio
+import json
 import os
+import random
 import secrets
+import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -14,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import psutil
 import pytest
 
 from tests.chaos.streams import Streams
@@ -112,6 +117,67 @@ def test_a_deleted_model_leaves_the_worker(server: LiveServer) -> None:
         assert api.delete(f"/models/{names[1]}").json()["deleted"] is True
         assert time.monotonic() - began < 1, "a deletion waits for no engine"
     assert list((server.home / "adapters").iterdir()) == []
+
+
+def test_r21_an_engine_that_can_not_start_is_a_quick_503_and_heals(
+    server: LiveServer, tiny_base: Path, tmp_path: Path
+) -> None:
+    brittle = shutil.copytree(tiny_base, tmp_path / "brittle")
+    server.run("models", "add", str(brittle), "--code", "brittle")
+    weights = brittle / "model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1] + b"\xff")
+    body = {"model": "brittle", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 4}
+    with server.api() as api:
+        for limit_s in (60.0, 1.0):  # the first waits for the start that fails, the second for nothing
+            began = time.monotonic()
+            answer = api.post("/chat/completions", json=body)
+            assert (answer.status_code, answer.json()["error"]["code"]) == (503, "engine_not_ready")
+            assert int(answer.headers["retry-after"]) >= 1
+            assert time.monotonic() - began < limit_s
+        weights.write_bytes(content)
+        time.sleep(1.0)
+        assert api.post("/chat/completions", json=body).status_code == 200
+
+
+@pytest.mark.parametrize("cycles", [60, pytest.param(3000, marks=[pytest.mark.soak, pytest.mark.timeout(3600)])])
+def test_r26_callers_who_leave_cost_nothing(server: LiveServer, cycles: int) -> None:
+    """By FIN or RST, at once, after the request or in the middle of a stream, and without a stream too."""
+    chat(server, "tiny", "hi")
+    process = server._process
+    assert process is not None
+    gateway, worker = psutil.Process(process.pid), psutil.Process(worker_process(server).pid)
+    chance = random.Random(cycles)
+    before = (gateway.num_fds(), worker.num_fds())
+    for n in range(cycles):
+        body = json.dumps(
+            {
+                "model": "tiny",
+                "messages": [{"role": "user", "content": "hi"}],
+                "temperature": 0,
+                "max_tokens": 1900,
+                "stream": n % 3 > 0,
+            }
+        )
+        head = f"Host: localhost\r\nAuthorization: Bearer {server.key}\r\nContent-Type: application/json\r\n"
+        with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
+            request = f"POST /v1/chat/completions HTTP/1.1\r\n{head}Content-Length: {len(body)}\r\n\r\n{body}"
+            connection.sendall(request.encode())
+            if n % 3 == 1:
+                assert connection.recv(1)
+            else:
+                time.sleep(chance.uniform(0, 0.02))
+            if n % 2:
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    left = time.monotonic()
+    while (state := worker_state(server)).active or state.waiting:
+        assert time.monotonic() - left < 2, state
+        time.sleep(0.05)
+    deadline = time.monotonic() + 5
+    while max(gateway.num_fds() - before[0], worker.num_fds() - before[1]) > 3 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert max(gateway.num_fds() - before[0], worker.num_fds() - before[1]) <= 3
+    assert chat(server, "tiny", "hi")["usage"]["completion_tokens"] > 0, "the key has its places back"
 
 
 # --- the pool alone, with workers that only speak the protocol -------------------------------------------------------

@@ -3,9 +3,11 @@
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.job_bench import PROJECT, Bench
@@ -85,3 +87,51 @@ def test_a_training_outlasts_an_engine_that_is_away_for_a_while(bench: Bench, mo
     bench.prover.errors += [Unavailable("engine_not_ready", "The engine is not ready")] * 9
     done = bench.until_over(bench.create(steps=2).id)
     assert done.status == FAILED and done.error is not None and done.error.code == "engine_not_ready"
+
+
+@pytest.mark.parametrize("cycles", [12, pytest.param(1000, marks=[pytest.mark.soak, pytest.mark.timeout(1800)])])
+def test_r60_job_after_job_leaves_nothing_behind(bench: Bench, cycles: int) -> None:
+    """Made, run, deleted, and a model deleted; some cancelled: no process, folder, descriptor or thread stays."""
+    me = psutil.Process()
+    counts: list[tuple[int, int]] = []
+    bytes_used: list[int] = []
+    for n in range(cycles):
+        job = bench.create(steps=2, sleep_s=0.0)
+        if n % 4 == 3:
+            bench.until(lambda job=job: bench.job(job.id).status == RUNNING)
+            bench.jobs.cancel(PROJECT, job.id)
+        done = bench.until_over(job.id)
+        assert done.status == (CANCELLED if n % 4 == 3 else SUCCEEDED)
+        bench.jobs.delete(PROJECT, job.id)
+        if done.status == SUCCEEDED:
+            bench.models.delete(PROJECT, job.tuned_model_name)
+        bench.controller.run_once()
+        counts.append((me.num_fds(), me.num_threads()))
+        bytes_used.append(me.memory_info().rss)
+    bench.runners[-1].reap()
+    assert [child for child in me.children() if child.status() == psutil.STATUS_ZOMBIE] == []
+    assert list(bench.home.jobs.iterdir()) == list(bench.home.adapters.iterdir()) == []
+    assert max(counts[-4:]) <= max(counts[4:8]), "descriptors or threads pile up"
+    if cycles >= 1000:
+        assert (bytes_used[-1] - bytes_used[200]) / (cycles - 200) < 10 * 1024
+
+
+def test_r48_a_clock_that_is_set_back_makes_no_job_end_before_it_began(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An hour back in the middle of a job, then ten years on: it neither loses its lease nor its order."""
+    true_time = time.time
+    job = bench.create(steps=8, holds=[3])
+    bench.until_step(job.id, 3)
+    monkeypatch.setattr(time, "time", lambda: true_time() - 3600)
+    bench.until(lambda: bench.controller.run_once())
+    (bench.home.jobs / job.id / "go").touch()
+    done = bench.until_over(job.id)
+    assert (done.status, done.attempt) == (SUCCEEDED, 1)
+    assert done.created_at <= (done.running_at or 0) <= (done.finished_at or 0)
+    monkeypatch.setattr(time, "time", lambda: true_time() + 10 * 365 * 86400)
+    assert bench.until_over(bench.create(steps=2).id).status == SUCCEEDED
+    monkeypatch.undo()
+    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
+    last = bench.until_over(bench.create(steps=2).id)
+    assert last.status == SUCCEEDED and len(bench.jobs.list(PROJECT)[0]) == 3

@@ -1,12 +1,14 @@
 """The server starts light: no torch in its process, probes answer, the home is private."""
 
 import json
+import os
 import stat
 from pathlib import Path
 
 import httpx
+import pytest
 
-from tests.live_server import LiveServer
+from tests.live_server import LiveServer, chat_rows
 
 
 def test_the_server_does_not_load_torch(live_server: LiveServer, tuned_model: str) -> None:
@@ -54,8 +56,17 @@ def test_a_created_key_stands_alone_on_stdout(live_server: LiveServer) -> None:
     assert key.partition(".")[2] not in live_server.log.read_text()
 
 
-def test_the_log_is_json_lines(live_server: LiveServer) -> None:
+def test_the_log_is_json_lines_even_when_an_answer_breaks_off(live_server: LiveServer) -> None:
+    """What goes wrong after the head of an answer is logged by the web server itself."""
+    file_id = live_server.upload(chat_rows(100))
+    blob = next(live_server.home.glob(f"blobs/files/*/{file_id}"))
+    blob.chmod(0o600)
+    os.truncate(blob, 100)
+    with live_server.api() as api, pytest.raises(httpx.RemoteProtocolError):
+        api.get(f"/files/{file_id}/content")
     lines = live_server.log.read_text().splitlines()
     assert lines
-    for line in lines:
-        json.loads(line)
+    entries = [json.loads(line) for line in lines]
+    assert any(entry.get("logger") == "uvicorn.error" and entry["level"] == "error" for entry in entries)
+    assert all({"event", "level", "ts"} <= entry.keys() for entry in entries)
+    assert "number 1" not in "".join(lines) and live_server.key not in "".join(lines)

@@ -8,6 +8,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from tests.contract import rows as contract_rows
 from tests.recipes.job_folder import (
     codes,
     log_text,
@@ -21,7 +22,9 @@ from tests.recipes.job_folder import (
     write_job,
 )
 from tunewright.jobs.spec import Failed, Finished, Stopped, TrainerProcess
+from tunewright.jobs.trainers import Trainers
 from tunewright.recipes import checkpoints
+from tunewright.runners.local import LocalRunner
 
 
 def wait_for(path: Path, limit_s: float = 60) -> None:
@@ -132,3 +135,17 @@ def test_r42_a_full_disk_costs_the_checkpoint_only(tmp_path: Path, base: Path, l
     again = next_attempt(spec)
     assert run_trainer(again) == 0
     assert isinstance(records(again)[-1], Finished)
+
+
+@pytest.mark.parametrize("megabytes", [300, 700])
+def test_r13_want_of_memory_is_known_as_such(tmp_path: Path, base: Path, megabytes: int) -> None:
+    """The address space ends while the libraries are loaded, or a little later: death by ImportError, abort, what not."""
+    spec = write_job(tmp_path / "job", base)
+    process = start_trainer(spec)
+    resource.prlimit(process.pid, resource.RLIMIT_AS, (megabytes * 2**20, megabytes * 2**20))
+    assert process.wait(120) != 0
+    assert not any(isinstance(record, Finished | Failed) for record in records(spec))
+    job = contract_rows.job("p", id=tmp_path.name, attempt=1)
+    (tmp_path / tmp_path.name).symlink_to(tmp_path / "job")
+    starved, _ = Trainers(tmp_path, LocalRunner(), "tunewright.recipes.run", 30.0).evidence(job)
+    assert starved, log_text(spec)[-500:]

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import msgspec
 import structlog
 
-from tunewright.clock import mono_s, wall_s
+from tunewright.clock import mono_s, wall_s_after
 from tunewright.errors import Misconfigured, StorageFull, TunewrightError, Unavailable
 from tunewright.i18n import mark
 from tunewright.jobs import events, progress
@@ -173,7 +173,7 @@ class Moves:
                 status=RUNNING,
                 attempt=job.attempt + 1,
                 journal_offset=0,
-                running_at=job.running_at or wall_s(),
+                running_at=job.running_at or wall_s_after(job.created_at),
             )
         if started is None:
             return
@@ -276,7 +276,7 @@ class Moves:
             changed = tx.jobs.change(
                 job,
                 status=CANCELLED,
-                finished_at=wall_s(),
+                finished_at=wall_s_after(job.created_at, job.running_at),
                 estimated_finish=None,
                 trained_tokens=progress.tokens_so_far(tx, job),
             )
@@ -334,7 +334,13 @@ class Moves:
         error = JobError(code=code, message=message, param=param, values=shown)
         event = events.message(job, "failed", message, level="error")
         with self._storage.write() as tx:
-            changed = tx.jobs.change(job, status=FAILED, finished_at=wall_s(), estimated_finish=None, error=error)
+            changed = tx.jobs.change(
+                job,
+                status=FAILED,
+                finished_at=wall_s_after(job.created_at, job.running_at),
+                estimated_finish=None,
+                error=error,
+            )
             if changed is not None:
                 tx.jobs.add_events([msgspec.structs.replace(event, code=code, values=shown)])
         if changed is not None:

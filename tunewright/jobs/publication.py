@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from tunewright.clock import wall_s
+from tunewright.clock import wall_s, wall_s_after
 from tunewright.datasets.records import File
 from tunewright.errors import Conflict, InvalidRequest
 from tunewright.files_on_disk import publish_folder, sha256_of, write_atomically
@@ -88,7 +88,7 @@ class Publication:
             changed = tx.jobs.change(
                 job,
                 status=SUCCEEDED,
-                finished_at=wall_s(),
+                finished_at=wall_s_after(job.created_at, job.running_at),
                 estimated_finish=None,
                 trained_tokens=finished.trained_tokens,
                 result_files=(file.id,),

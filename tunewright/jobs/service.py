@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, NoReturn
 
 from tunewright.accounts.idempotency import IdempotencyKey, find_earlier, remember
-from tunewright.clock import wall_s
+from tunewright.clock import wall_s, wall_s_after
 from tunewright.datasets.records import File
 from tunewright.errors import Conflict, InvalidRequest, NotFound, RateLimited, quote
 from tunewright.i18n import mark
@@ -104,7 +104,7 @@ class JobService:
                 changed = _change(tx, job, status=CANCELLING)
                 event = events.message(changed, "cancelling", mark("Cancelling: waiting for the trainer to end"))
             else:
-                changed = _change(tx, job, status=CANCELLED, finished_at=wall_s())
+                changed = _change(tx, job, status=CANCELLED, finished_at=wall_s_after(job.created_at, job.running_at))
                 event = events.message(changed, "cancelled", mark("The job was cancelled"))
             tx.jobs.add_events([event])
         self.on_change()

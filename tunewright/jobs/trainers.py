@@ -21,7 +21,8 @@ _APPEAR_S = 2.0
 """A process that an earlier server started just before its death shows itself within this time."""
 _EVIDENCE_LINES, _EVIDENCE_CHARACTERS = 20, 2000
 _MEMORY_WORDS = re.compile(
-    r"out of memory|can't allocate memory|cannot allocate memory|\bMemoryError\b|bad_alloc", re.IGNORECASE
+    r"out of memory|can't allocate memory|cannot allocate memory|failed to map segment|\bMemoryError\b|bad_alloc",
+    re.IGNORECASE,
 )
 
 
