@@ -49,7 +49,7 @@ class Connections:
 
     async def listen(self) -> asyncio.Server:
         """Listen on a free port of the loopback."""
-        return await asyncio.start_server(self._serve, "127.0.0.1", 0, limit=LINE_LIMIT_BYTES)
+        return await asyncio.start_server(self._serve, "127.0.0.1", 0, limit=LINE_LIMIT_BYTES, backlog=1024)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.transport.set_write_buffer_limits(high=_BUFFER_BYTES)
