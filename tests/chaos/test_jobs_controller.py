@@ -17,7 +17,6 @@ from tests.job_bench import PROJECT, TRAINER, Bench, a_base, whole_run
 from tunewright.clock import wall_ms
 from tunewright.errors import InvalidRequest, Unavailable
 from tunewright.files_on_disk import sha256_of
-from tunewright.jobs import moves
 from tunewright.jobs.records import CANCELLED, FAILED, PAUSED, QUEUED, RUNNING, SUCCEEDED
 from tunewright.jobs.service import CreateJob
 
