@@ -1,6 +1,5 @@
 """From a job's row to a work folder that a trainer can start in: data files, checked, and the spec."""
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -71,8 +70,8 @@ class Preparation:
         files = self._files(job)
         for name, file in files.items():
             self._materialise(job, name, file, check=False)
-        start = self._start_model(job)
         validation = files.get("validation")
+        start = self._start_model(job)
         return TrainingSpec(
             job_id=job.id,
             attempt=job.attempt,
@@ -90,7 +89,7 @@ class Preparation:
             validation_sha256=None if validation is None else validation.sha256,
             hyperparameters=msgspec.convert(job.hyperparameters, Hyperparameters),
             seed=job.seed,
-            threads=self._settings.trainer_threads or len(os.sched_getaffinity(0)),
+            threads=self._settings.trainer_threads,
             checkpoint_every_s=self._settings.checkpoint_every_s,
             max_line_bytes=self._settings.max_line_bytes,
         )
