@@ -21,8 +21,8 @@ from tunewright.completions.vocabulary import (
     Usage,
 )
 from tunewright.deployments.pool import Pool
-from tunewright.deployments.ports import Done, Generate
-from tunewright.errors import InvalidRequest, RateLimited
+from tunewright.deployments.ports import Done, Generate, TokenText
+from tunewright.errors import Conflict, InvalidRequest, RateLimited
 from tunewright.i18n import mark
 from tunewright.ids import new_id
 from tunewright.models.records import Base, TunedModel
@@ -51,11 +51,10 @@ class CompletionService:
         """
         with self._slot(caller):
             base, tuned, renderer, prompt = await asyncio.to_thread(self._prepare, caller, request)
+            order = self._order(base, request, renderer, prompt)
             answer = AnswerParser(_offers_tools(request), reasoning_open=renderer.opens_reasoning)
             called = False
-            async with aclosing(
-                self._pool.generate(base, tuned, self._order(base, request, renderer, prompt))
-            ) as replies:
+            async with aclosing(self._replies(caller, request, base, tuned, order)) as replies:
                 async for reply in replies:
                     for piece in answer.push(reply.text):
                         called = called or isinstance(piece, CallPiece)
@@ -68,6 +67,19 @@ class CompletionService:
                         yield Finish(
                             reason="tool_calls" if called and reply.reason == "stop" else reply.reason, usage=usage
                         )
+
+    async def _replies(
+        self, caller: Caller, request: ChatRequest, base: Base, tuned: TunedModel | None, order: Generate
+    ) -> AsyncGenerator[TokenText | Done, None]:
+        """What the pool says. An adapter that can't be loaded because its model was just deleted is a model not found."""
+        try:
+            async with aclosing(self._pool.generate(base, tuned, order)) as replies:
+                async for reply in replies:
+                    yield reply
+        except InvalidRequest as error:
+            if tuned is not None and error.code == "adapter_invalid":
+                await asyncio.to_thread(self._models.resolve, caller.project_id, request.model)
+            raise
 
     async def complete(self, caller: Caller, request: ChatRequest) -> Completion:
         """The whole answer at once; raises like `stream`."""
@@ -110,6 +122,17 @@ class CompletionService:
                 model=request.model,
             )
         renderer = renderer_of(Path(base.path or ""))
+        if resolved.tuned is not None and resolved.tuned.renderer_hash != renderer.hash:
+            raise Conflict(
+                "renderer_changed",
+                mark(
+                    'The tokenizer or chat template of "{base}" is not the one that "{model}" was trained with; '
+                    "restore the base as it was, or train again."
+                ),
+                param="model",
+                base=base.code,
+                model=request.model,
+            )
         conversation = request.conversation
         if not _offers_tools(request):
             conversation = Conversation(messages=conversation.messages)
