@@ -3,6 +3,7 @@
 import io
 import json
 import sys
+import time
 
 from zai import ZhipuAiClient
 from zai.core import APIStatusError
@@ -41,6 +42,8 @@ def main(address: str, key: str, model: str) -> None:
         client.chat.completions.create(model="nowhere", messages=[{"role": "user", "content": "hi"}])
     except APIStatusError as error:
         seen["error"] = error.response.json()["error"]["code"]
+    while client.get(f"/fine_tuning/jobs/{job['id']}", cast_type=object)["status"] != "cancelled":
+        time.sleep(0.1)  # a file can be deleted once no unfinished job uses it
     seen["deleted"] = client.files.delete(made.id).deleted if made.id else None
     print(json.dumps(seen))
 
