@@ -115,7 +115,7 @@ def test_a_deleted_model_leaves_the_worker(server: LiveServer) -> None:
         os.kill(worker.pid, signal.SIGSTOP)
         began = time.monotonic()
         assert api.delete(f"/models/{names[1]}").json()["deleted"] is True
-        assert time.monotonic() - began < 5, "a deletion waits for no engine"
+        assert time.monotonic() - began < 1, "a deletion waits for no engine"
     assert list((server.home / "adapters").iterdir()) == []
 
 
@@ -171,7 +171,7 @@ def test_r26_callers_who_leave_cost_nothing(server: LiveServer, cycles: int) -> 
                 connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     left = time.monotonic()
     while (state := worker_state(server)).active or state.waiting:
-        assert time.monotonic() - left < 10, state
+        assert time.monotonic() - left < 2, state
         time.sleep(0.05)
     deadline = time.monotonic() + 5
     while max(gateway.num_fds() - before[0], worker.num_fds() - before[1]) > 3 and time.monotonic() < deadline:
@@ -328,7 +328,7 @@ async def test_a_base_that_is_starting_holds_up_no_other(
         began = mono_s()
         assert len(await answer(pool, quick)) == 1
         assert await asyncio.to_thread(lambda: 1) == 1
-        assert mono_s() - began < 10
+        assert mono_s() - began < 2
         assert [thread.name for thread in threading.enumerate()].count("start-slow") == 1
         waiting[0].cancel()  # one who leaves takes nothing from the others
         await asyncio.sleep(0)
@@ -349,7 +349,7 @@ def test_forgetting_a_model_never_waits_and_never_fails(home: HomeFolder, pool: 
         worker.mute = True
         began = mono_s()
         pool.forget(model)
-        assert mono_s() - began < 2
+        assert mono_s() - began < 0.2
     finally:
         worker.close()
     pool.forget(model)  # a worker that is gone

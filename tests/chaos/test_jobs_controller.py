@@ -223,7 +223,7 @@ def test_cancel_leaves_no_process(bench: Bench, orders: dict[str, bool], step: i
         bench.until_step(job.id, step)
     started = time.monotonic()
     assert bench.jobs.cancel(PROJECT, job.id).status == "cancelling"
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < 0.2
     done = bench.until_over(job.id)
     assert done.status == CANCELLED and done.finished_at is not None and done.error is None
     assert bench.processes_left(job.id) == []
@@ -400,7 +400,7 @@ def test_shutdown_checkpoints_and_the_next_start_goes_on(bench: Bench) -> None:
     bench.until(lambda: bench.job(job.id).step >= 5, moving=False)
     started = time.monotonic()
     bench.controller.stop()
-    assert time.monotonic() - started < 15
+    assert time.monotonic() - started < 5
     parked = bench.job(job.id)
     assert (parked.status, parked.failures) == (QUEUED, 0) and parked.step == 5
     assert bench.processes_left(job.id) == []

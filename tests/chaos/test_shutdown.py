@@ -63,7 +63,7 @@ def test_r05_sigterm_ends_streams_with_an_answer_or_an_error(server: LiveServer)
     assert streams.ends["broken"] == streams.ends["cut"] == 0, streams.ends
     assert streams.ends["error"] > 0 and streams.codes == {"server_stopping": streams.ends["error"]}
     assert b"".join(events).endswith(b"\n\n") and b"event: end" not in b"".join(events)
-    assert took[0] < GRACE_S + 5, "event streams end at once: their clients come again"
+    assert took[0] < 2, "event streams end at once: their clients come again"
 
 
 def test_r05_short_streams_end_as_usual_and_readiness_fails_first(tmp_path: Path, tiny_base: Path) -> None:
@@ -106,7 +106,7 @@ def test_r05_a_second_signal_is_quick(tmp_path: Path, tiny_base: Path) -> None:
         began = time.monotonic()
         process.send_signal(signal.SIGTERM)
         await asyncio.to_thread(process.wait, 10)
-        assert time.monotonic() - began < 8
+        assert time.monotonic() - began < 2
 
     streams.run(stop_twice)
     assert set(streams.ends) == {"broken"}, streams.ends
@@ -125,7 +125,7 @@ def test_r06_kill_9_mid_stream_is_seen_and_frees_the_engine(server: LiveServer) 
         server.kill()
         killed = time.monotonic()
         while (await asyncio.to_thread(worker_state, server)).active:
-            assert time.monotonic() - killed < 10, "the worker goes on for nobody"
+            assert time.monotonic() - killed < 2, "the worker goes on for nobody"
             await asyncio.sleep(0.05)
 
     streams.run(kill)

@@ -119,15 +119,15 @@ def test_r43_a_database_locked_by_another_process(server: LiveServer, seconds: f
         with server.api() as api:
             began = time.monotonic()
             assert api.get(f"/files/{file_id}").status_code == 200
-            assert time.monotonic() - began < 3, "readers wait for no writer"
+            assert time.monotonic() - began < 1, "readers wait for no writer"
         for answer, took_s in (write.result() for write in writes):
             assert answer.status_code == status, answer.text
-            assert took_s < 15
+            assert took_s < 6.5
             if status == 503:
                 assert answer.json()["error"]["code"] == "database_busy"
                 assert int(answer.headers["retry-after"]) >= 1
         took = probing.result()
-    assert took[int(len(took) * 0.99)] < 2.5, took[-5:]
+    assert took[int(len(took) * 0.99)] < 0.25, took[-5:]
     with server.api() as api:
         assert len(api.get("/fine_tuning/jobs").json()["data"]) == (10 if status == 200 else 0)
 
@@ -266,4 +266,4 @@ def test_r29_two_hundred_event_streams_lose_nothing(server: LiveServer) -> None:
     assert len(seen[0]) == len(set(seen[0])) > 300
     assert all(each == seen[0] for each in seen)
     probes.sort()
-    assert probes[int(len(probes) * 0.99)] < 5.0, probes[-5:]
+    assert probes[int(len(probes) * 0.99)] < 1.0, probes[-5:]

@@ -154,7 +154,7 @@ async def test_leaving_frees_the_slot(worker: WorkerRun, abort: bool) -> None:
         else:
             writer.close()
     while (await health(worker.port)).active:
-        assert time.monotonic() - left < 10
+        assert time.monotonic() - left < 2
         await asyncio.sleep(0.01)
 
 
@@ -233,7 +233,7 @@ def test_sigterm_ends_it_at_once_even_while_it_answers(tiny_base: Path, tmp_path
         assert connection.recv(1)
         began = time.monotonic()
         assert run.terminate() == 0
-        assert time.monotonic() - began < 10
+        assert time.monotonic() - began < 2
 
 
 def test_kill_9_leaves_nothing(tiny_base: Path, tmp_path: Path) -> None:
