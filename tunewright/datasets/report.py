@@ -17,6 +17,29 @@ Path = tuple[str | int, ...]
 """Where in a row: `("messages", 2, "role")`."""
 
 
+class Edit(msgspec.Struct, frozen=True):
+    """Replace `length` bytes at `offset` (from 0, in bytes of the line) by `text`."""
+
+    offset: int
+    length: int
+    text: str
+
+
+class Patch(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A mend that is certain, in exactly one of four forms.
+
+    - `operations`: JSON Patch (RFC 6902) on the row: `{"op": "replace", "path": "/messages/0/role", "value": "user"}`
+    - `edits`: replacements in the line's bytes, for lines that are not JSON; offsets are of the line as it stands
+    - `drop`: leave the line out
+    - `rewrite`: the whole file, by name: `one_row_per_line`, `utf8` (from the encoding in the problem's `values`)
+    """
+
+    operations: tuple[dict[str, Any], ...] = ()
+    edits: tuple[Edit, ...] = ()
+    drop: bool = False
+    rewrite: str | None = None
+
+
 class Problem(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One thing that is wrong (`error`: the file is refused) or worth a look (`warning`).
 
@@ -31,6 +54,7 @@ class Problem(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     line: int | None = None
     byte_offset: int | None = None
     pointer: str | None = None
+    patch: Patch | None = None
 
     def text(self, language: str = "en") -> str:
         """The sentence in 'en' or 'zh'."""
@@ -38,14 +62,23 @@ class Problem(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class Report(msgspec.Struct, kw_only=True):
-    """The result of a check. `problems` holds the first errors, then the first warnings; `counts` covers all of both."""
+    """The result of a check. `problems` holds the first errors, then the first warnings; `counts` covers all of both.
+
+    `bad_rows` counts lines with at least one error; `file_errors` errors of the file as a whole, which no job can put up with;
+    `patchable` problems of each code that have a patch.
+    """
 
     kind: str | None = None
     rows: int = 0
     size_bytes: int = 0
     errors: int = 0
     warnings: int = 0
+    bad_rows: int = 0
+    file_errors: int = 0
     counts: dict[str, int] = {}
+    patchable: dict[str, int] = {}
+    statistics: dict[str, Any] = {}
+    problems_truncated: bool = False
     problems: list[Problem] = []
 
     @property
@@ -60,7 +93,11 @@ class Reporter:
     def __init__(self) -> None:
         self.errors = 0
         self.warnings = 0
+        self.bad_rows = 0
+        self.file_errors = 0
         self.counts: dict[str, int] = {}
+        self.patchable: dict[str, int] = {}
+        self._bad_line: int | None = None
         self._kept: dict[str, list[Problem]] = {"error": [], "warning": []}
 
     def add(
@@ -72,13 +109,21 @@ class Reporter:
         line: int | None = None,
         byte_offset: int | None = None,
         path: Path | None = None,
+        patch: Patch | None = None,
         **values: object,
     ) -> None:
         """Count a problem, and keep it if it is among the first. `line` and `field` are filled into the sentence."""
         found = self.counts.get(code, 0)
+        if patch is not None:
+            self.patchable[code] = self.patchable.get(code, 0) + 1
         self.counts[code] = found + 1
         if severity == "error":
             self.errors += 1
+            if line is None:
+                self.file_errors += 1
+            elif line != self._bad_line:
+                self.bad_rows += 1
+                self._bad_line = line
         else:
             self.warnings += 1
         kept = self._kept[severity]
@@ -97,6 +142,7 @@ class Reporter:
                 line=line,
                 byte_offset=byte_offset,
                 pointer=None if path is None else json_pointer(path),
+                patch=patch,
             )
         )
 
@@ -108,7 +154,10 @@ class Reporter:
             size_bytes=size_bytes,
             errors=self.errors,
             warnings=self.warnings,
+            bad_rows=self.bad_rows,
+            file_errors=self.file_errors,
             counts=dict(sorted(self.counts.items())),
+            patchable=dict(sorted(self.patchable.items())),
             problems=[*self._kept["error"], *self._kept["warning"]][:MAX_PROBLEMS],
         )
 
@@ -123,13 +172,34 @@ class Row:
         self.line = line
         self.byte_offset = byte_offset
 
-    def error(self, code: str, message: str, path: Path, **values: object) -> None:
+    def error(self, code: str, message: str, path: Path, *, patch: Patch | None = None, **values: object) -> None:
         """The row can't be used. `message` may use `{line}` and `{field}` besides `values`."""
-        self.reporter.add("error", code, message, line=self.line, byte_offset=self.byte_offset, path=path, **values)
+        self._add("error", code, message, path, patch, values)
 
-    def warn(self, code: str, message: str, path: Path, **values: object) -> None:
+    def warn(self, code: str, message: str, path: Path, *, patch: Patch | None = None, **values: object) -> None:
         """The row is used as it is, but a person should know."""
-        self.reporter.add("warning", code, message, line=self.line, byte_offset=self.byte_offset, path=path, **values)
+        self._add("warning", code, message, path, patch, values)
+
+    def _add(
+        self,
+        severity: Literal["error", "warning"],
+        code: str,
+        message: str,
+        path: Path,
+        patch: Patch | None,
+        values: dict[str, object],
+    ) -> None:
+        add = self.reporter.add
+        add(
+            severity,
+            code,
+            message,
+            line=self.line,
+            byte_offset=self.byte_offset,
+            path=path,
+            patch=patch,
+            **values,  # type: ignore[arg-type]
+        )
 
     def missing(self, path: Path) -> None:
         """A field that must be there is not."""

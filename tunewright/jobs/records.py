@@ -68,6 +68,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     estimated_finish: int | None = None
     trained_tokens: int | None = None
     result_files: tuple[str, ...] = ()
+    tolerance: dict[str, Any] = {}
+    """`max_bad_rows` and `max_bad_ratio`, if the caller named them."""
     rows: dict[str, int] = {}
     """`used`, `skipped`, `cut`: what happened to every row."""
     error: JobError | None = None

@@ -48,8 +48,53 @@ files = sa.Table(
     sa.Column("kind", sa.Text),
     sa.Column("rows", sa.BigInteger),
     sa.Column("report", JSON, nullable=False),
+    sa.Column("statistics", JSON, nullable=False),
+    sa.Column("parent_id", ID),
+    sa.Column("version", sa.BigInteger, nullable=False),
+    sa.Column("origin", JSON, nullable=False),
     sa.Index("files_page", "project_id", "created_at", "id"),
     sa.Index("files_page_of_purpose", "project_id", "purpose", "created_at", "id"),
+    sa.Index("files_by_parent", "project_id", "parent_id"),
+    sa.Index("files_by_status", "status", "project_id"),
+)
+
+file_images = sa.Table(
+    "file_images",
+    metadata,
+    sa.Column("project_id", ID, primary_key=True),
+    sa.Column("file_id", ID, primary_key=True),
+    sa.Column("sha256", sa.String(64), primary_key=True),
+    sa.ForeignKeyConstraint(["project_id", "file_id"], ["files.project_id", "files.id"]),
+    sa.Index("file_images_by_hash", "project_id", "sha256"),
+)
+
+uploads = sa.Table(
+    "uploads",
+    metadata,
+    sa.Column("project_id", ID, sa.ForeignKey("projects.id"), primary_key=True),
+    sa.Column("id", ID, primary_key=True),
+    sa.Column("filename", sa.Text, nullable=False),
+    sa.Column("purpose", sa.Text, nullable=False),
+    sa.Column("mime_type", sa.Text, nullable=False),
+    sa.Column("size_bytes", sa.BigInteger, nullable=False),
+    sa.Column("status", sa.Text, nullable=False),
+    sa.Column("created_at", sa.BigInteger, nullable=False),
+    sa.Column("expires_at", sa.BigInteger, nullable=False),
+    sa.Column("file_id", ID),
+    sa.Index("uploads_page", "project_id", "created_at", "id"),
+    sa.Index("uploads_by_expiry", "status", "expires_at"),
+)
+
+upload_parts = sa.Table(
+    "upload_parts",
+    metadata,
+    sa.Column("project_id", ID, primary_key=True),
+    sa.Column("upload_id", ID, primary_key=True),
+    sa.Column("id", ID, primary_key=True),
+    sa.Column("size_bytes", sa.BigInteger, nullable=False),
+    sa.Column("sha256", sa.String(64), nullable=False),
+    sa.Column("created_at", sa.BigInteger, nullable=False),
+    sa.ForeignKeyConstraint(["project_id", "upload_id"], ["uploads.project_id", "uploads.id"]),
 )
 
 jobs = sa.Table(
@@ -79,6 +124,7 @@ jobs = sa.Table(
     sa.Column("trained_tokens", sa.BigInteger),
     sa.Column("result_files", JSON, nullable=False),
     sa.Column("rows", JSON, nullable=False),
+    sa.Column("tolerance", JSON, nullable=False),
     sa.Column("error", JSON),
     sa.Column("attempt", sa.BigInteger, nullable=False),
     sa.Column("failures", sa.BigInteger, nullable=False),

@@ -1,0 +1,1 @@
+"""`tunewright datasets ...`: data files from the command line, without a server."""

@@ -1,0 +1,1 @@
+"""The one client for addresses that callers name. Nothing else in the product dials them."""
