@@ -100,3 +100,21 @@ def test_flattening_keeps_rows_apart() -> None:
     assert flat.labels.tolist() == [6, 7, 1, 2, 3]
     assert flat.predicts.tolist() == [0, 1, 3, 4, 5]
     assert packing.count_labels(rows, np.array([2, 0])) == len(flat.labels)
+
+
+def test_chosen_lines_are_left_out_unseen_and_counted(tmp_path: Path, base: Path) -> None:
+    path = write_rows(tmp_path / "rows.jsonl", ROWS)
+    lines = path.read_bytes().splitlines()
+    lines[1] = b"{broken"
+    path.write_bytes(b"\n".join(lines) + b"\n")
+    rows = packing.read_rows(
+        path,
+        renderer_of(base),
+        max_length=128,
+        max_line_bytes=2**20,
+        between_rows=lambda: None,
+        param="training_file",
+        skip_lines=frozenset({2, 4}),
+    )
+    assert len(rows) == len(ROWS) - 2
+    assert (rows.skipped.rows, rows.skipped.lines) == (2, [2, 4])

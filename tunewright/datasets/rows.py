@@ -14,16 +14,20 @@ from tunewright.rendering.conversation import Conversation, Message, ToolCall
 _BOM = b"\xef\xbb\xbf"
 
 
-def read_conversations(path: Path, max_line_bytes: int) -> Iterator[tuple[int, Conversation]]:
+def read_conversations(
+    path: Path, max_line_bytes: int, skip_lines: frozenset[int] = frozenset()
+) -> Iterator[tuple[int, Conversation]]:
     """(line number from 1, conversation) of every chat or function row that is not blank, in order, in bounded memory.
 
     Messages after the last assistant message are left out: they teach nothing. Assistant messages of `weight` 0 come with
-    `trained=False`. The file has passed the check; raises InvalidRequest for a line that is no such row all the same.
+    `trained=False`. The lines of `skip_lines` are not looked at. The file has passed the check; raises InvalidRequest for a line that is no such row all the same.
     """
     with path.open("rb", buffering=1 << 18) as stream:
         if stream.read(len(_BOM)) != _BOM:
             stream.seek(0)
         for line in read_lines(stream, max_line_bytes):
+            if line.number in skip_lines:
+                continue
             if line.data is None:
                 sentence = mark("line {line} is longer than {limit} bytes")
                 raise InvalidRequest("line_too_long", sentence, line=line.number, limit=max_line_bytes)

@@ -77,16 +77,19 @@ def read_rows(
     max_line_bytes: int,
     between_rows: Callable[[], None],
     param: str,
+    skip_lines: frozenset[int] = frozenset(),
 ) -> Rows:
     """Render every conversation of a file, keeping at most the first `max_length` tokens of each.
 
-    A row that has no label left is skipped and counted. `between_rows` may raise to end the reading.
+    The lines of `skip_lines` (from 1) are left out unseen; they and the rows that have no label left are skipped and counted. `between_rows` may raise to end the reading.
     Raises InvalidRequest(`nothing_to_train`) naming `param` if no row remains.
     """
     tokens: list[np.ndarray] = []
     trained: list[np.ndarray] = []
     cut, skipped = Tally(), Tally()
-    for line, conversation in read_conversations(path, max_line_bytes):
+    for line in sorted(skip_lines):
+        skipped.add(line)
+    for line, conversation in read_conversations(path, max_line_bytes, skip_lines):
         between_rows()
         example = renderer.example(conversation)
         labels = np.array(example.trained[:max_length], dtype=bool)
