@@ -65,7 +65,7 @@ class Report(msgspec.Struct, kw_only=True):
     """The result of a check. `problems` holds the first errors, then the first warnings; `counts` covers all of both.
 
     `bad_rows` counts lines with at least one error; `file_errors` errors of the file as a whole, which no job can put up with;
-    `patchable` problems of each code that have a patch.
+    `patchable` problems of each code that have a patch; `firsts` the first problem of each code of which `problems` has none.
     """
 
     kind: str | None = None
@@ -80,6 +80,7 @@ class Report(msgspec.Struct, kw_only=True):
     statistics: dict[str, Any] = {}
     problems_truncated: bool = False
     problems: list[Problem] = []
+    firsts: list[Problem] = []
 
     @property
     def ok(self) -> bool:
@@ -99,6 +100,7 @@ class Reporter:
         self.patchable: dict[str, int] = {}
         self._bad_line: int | None = None
         self._kept: dict[str, list[Problem]] = {"error": [], "warning": []}
+        self._firsts: dict[str, Problem] = {}
 
     def add(
         self,
@@ -127,27 +129,32 @@ class Reporter:
         else:
             self.warnings += 1
         kept = self._kept[severity]
-        if len(kept) >= MAX_PROBLEMS or (severity == "warning" and found >= MAX_WARNINGS_PER_CODE):
+        full = len(kept) >= MAX_PROBLEMS or (severity == "warning" and found >= MAX_WARNINGS_PER_CODE)
+        if full and found:
             return
         if line is not None:
             values["line"] = line
         if path is not None:
             values["field"] = field_name(path)
-        kept.append(
-            Problem(
-                code=code,
-                severity=severity,
-                message=message,
-                values=values,
-                line=line,
-                byte_offset=byte_offset,
-                pointer=None if path is None else json_pointer(path),
-                patch=patch,
-            )
+        problem = Problem(
+            code=code,
+            severity=severity,
+            message=message,
+            values=values,
+            line=line,
+            byte_offset=byte_offset,
+            pointer=None if path is None else json_pointer(path),
+            patch=patch,
         )
+        if not found:
+            self._firsts[code] = problem
+        if not full:
+            kept.append(problem)
 
     def report(self, kind: str | None, rows: int, size_bytes: int) -> Report:
         """All that was collected."""
+        problems = [*self._kept["error"], *self._kept["warning"]][:MAX_PROBLEMS]
+        shown = {problem.code for problem in problems}
         return Report(
             kind=kind,
             rows=rows,
@@ -158,7 +165,8 @@ class Reporter:
             file_errors=self.file_errors,
             counts=dict(sorted(self.counts.items())),
             patchable=dict(sorted(self.patchable.items())),
-            problems=[*self._kept["error"], *self._kept["warning"]][:MAX_PROBLEMS],
+            problems=problems,
+            firsts=[problem for code, problem in self._firsts.items() if code not in shown],
         )
 
 
