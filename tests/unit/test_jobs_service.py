@@ -41,6 +41,13 @@ def refused(bench: Bench, **changes: Any) -> TunewrightError:
     return caught.value
 
 
+def refused_beside(bench: Bench, **changes: Any) -> TunewrightError:
+    """Like `refused`, with other jobs there."""
+    with pytest.raises(TunewrightError) as caught:
+        create(bench, **changes)
+    return caught.value
+
+
 def move(bench: Bench, job: Job, *statuses: str) -> Job:
     for status in statuses:
         with bench.storage.write() as tx:
@@ -124,6 +131,19 @@ def test_a_seed_is_made_where_none_is_given(bench: Bench) -> None:
         ({"training_type": "full"}, "invalid_request", "training_type_not_supported", "training_type"),
         ({"training_type": "dpo"}, "invalid_request", "training_type_not_supported", "training_type"),
         ({"training_type": None}, "invalid_request", "training_type_not_supported", "training_type"),
+        *(
+            ({"max_bad_rows": rows}, "invalid_request", "invalid_value", "max_bad_rows")
+            for rows in (-1, 100_001, 1.5, True, "3", float("nan"), [1])
+        ),
+        *(
+            ({"max_bad_ratio": ratio}, "invalid_request", "invalid_value", "max_bad_ratio")
+            for ratio in (-0.1, 0.51, True, "0.1", float("nan"), float("inf"))
+        ),
+        *(
+            ({"validation_split": split}, "invalid_request", "invalid_value", "validation_split")
+            for split in (0, -0.1, 0.51, True, "0.1", float("nan"))
+        ),
+        ({"validation_split": 0.1, "validation_file": "x"}, "invalid_request", "invalid_value", "validation_split"),
         ({"request_id": "x" * 129}, "invalid_request", "invalid_value", "request_id"),
         ({"request_id": 5}, "invalid_request", "invalid_value", "request_id"),
     ],
@@ -145,6 +165,69 @@ def test_files_that_do_not_fit(bench: Bench) -> None:
     file_id = bench.upload()
     assert refused(bench, training_file=file_id, validation_file=file_id).code == "same_file"
     assert refused(bench, training_file=bench.upload(), validation_file=bench.upload()).code == "same_file"
+
+
+def a_bad_file(bench: Bench, bad: int, rows: int = 100, **changes: Any) -> str:
+    """A file that was kept although `bad` of its rows have errors."""
+    file_id = bench.upload(rows=rows)
+    report = {"kind": "chat", "rows": rows, "errors": bad, "bad_rows": bad, "counts": {"invalid_role": bad}} | changes
+    change_file(bench, file_id, status="error", report=report)
+    return file_id
+
+
+def change_file(bench: Bench, file_id: str, **changes: Any) -> None:
+    with bench.storage.write() as tx:
+        file = tx.files.get(PROJECT, file_id)
+        assert file is not None
+        tx.files.delete(PROJECT, file_id)
+        tx.files.insert(msgspec.structs.replace(file, **changes))
+
+
+def test_a_file_with_bad_rows_needs_a_tolerance(bench: Bench) -> None:
+    file_id = a_bad_file(bench, bad=7)
+    none: dict[str, Any]
+    given: dict[str, Any]
+    for none in ({}, {"max_bad_rows": None, "max_bad_ratio": None}):
+        error = refused(bench, training_file=file_id, **none)
+        assert (error.kind, error.code, error.param) == ("invalid_request", "file_has_errors", "training_file")
+        assert "7 of the 100 rows" in error.text() and f"/api/v1/datasets/{file_id}/repair" in error.text()
+    for given, allowed in (
+        ({"max_bad_rows": 6}, 6),
+        ({"max_bad_rows": 0}, 0),
+        ({"max_bad_ratio": 0.069}, 6),
+        ({"max_bad_rows": 100, "max_bad_ratio": 0.05}, 5),
+        ({"max_bad_rows": 2, "max_bad_ratio": 0.5}, 2),
+    ):
+        error = refused(bench, training_file=file_id, **given)
+        assert (error.code, error.param) == ("too_many_bad_rows", "training_file")
+        assert (error.values["found"], error.values["allowed"]) == (7, allowed)
+        beside = refused(bench, training_file=bench.upload(rows=5), validation_file=file_id, **given)
+        assert (beside.code, beside.param) == ("too_many_bad_rows", "validation_file")
+    for given in ({"max_bad_rows": 7}, {"max_bad_ratio": 0.07}, {"max_bad_rows": 7.0, "max_bad_ratio": 0.5}):
+        job = create(bench, training_file=file_id, **given)
+        assert job.tolerance == given and bench.job(job.id) == job
+
+
+def test_no_tolerance_covers_what_is_wrong_with_a_whole_file(bench: Bench) -> None:
+    problems = [{"code": "too_many_examples", "severity": "error", "message": "x"}]
+    file_id = a_bad_file(bench, bad=1, file_errors=1, problems=problems)
+    error = refused(bench, training_file=file_id, max_bad_rows=100_000, max_bad_ratio=0.5)
+    assert error.code == "file_has_errors" and "too_many_examples" in error.text()
+
+
+def test_a_file_whose_images_are_on_their_way_is_waited_for(bench: Bench) -> None:
+    file_id = bench.upload()
+    change_file(bench, file_id, status="processing")
+    error = refused(bench, training_file=file_id, max_bad_rows=5)
+    assert (error.kind, error.code) == ("conflict", "file_not_ready")
+
+
+def test_a_validation_split_is_part_of_the_job(bench: Bench) -> None:
+    assert create(bench).validation_split is None
+    job = create(bench, validation_split=0.5, validation_file="")
+    assert job.validation_split == 0.5 and bench.job(job.id) == job
+    error = refused_beside(bench, validation_split=0.1, validation_file=bench.upload(rows=2))
+    assert (error.code, error.param) == ("invalid_value", "validation_split")
 
 
 def test_bases_that_do_not_fit(bench: Bench) -> None:

@@ -26,6 +26,7 @@ MOST_EVENTS = 1000
 MOST_CHECKPOINTS = 100
 
 _Text = Annotated[Any, WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "null"}]})]
+_Number = Annotated[Any, WithJsonSchema({"anyOf": [{"type": "number"}, {"type": "null"}]})]
 _NumberOrAuto = {"anyOf": [{"type": "number"}, {"type": "string"}, {"type": "null"}]}
 _Hyperparameters = Annotated[
     Any,
@@ -54,6 +55,9 @@ class CreateBody(BaseModel):
     metadata: Annotated[Any, WithJsonSchema({"type": "object", "additionalProperties": {"type": "string"}})] = None
     request_id: _Text = None
     java_request_id: _Text = Field(default=None, alias="requestId")
+    max_bad_rows: Annotated[Any, WithJsonSchema({"anyOf": [{"type": "integer"}, {"type": "null"}]})] = None
+    max_bad_ratio: _Number = None
+    validation_split: _Number = None
 
     @model_validator(mode="before")
     @classmethod
@@ -75,6 +79,9 @@ def create_job(body: CreateBody) -> CreateJob:
         hyperparameters=body.hyperparameters if hyperparameters is None else hyperparameters,
         metadata=body.metadata,
         request_id=body.request_id if body.request_id is not None else body.java_request_id,
+        max_bad_rows=body.max_bad_rows,
+        max_bad_ratio=body.max_bad_ratio,
+        validation_split=body.validation_split,
     )
 
 

@@ -1,5 +1,6 @@
 """The checks of a create-job request, field by field. Pure: rows come in as records."""
 
+import math
 import re
 import secrets
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import msgspec
 
 from tunewright.datasets.records import FINE_TUNE_PURPOSES, File
+from tunewright.datasets.report import Report
 from tunewright.errors import Conflict, InvalidRequest, NotFound, quote
 from tunewright.i18n import mark
 from tunewright.models.records import Base
@@ -14,6 +16,9 @@ from tunewright.models.records import Base
 SUPERVISED = "supervised"
 DPO = "dpo"
 LARGEST_SEED = 2**31 - 1
+MOST_BAD_ROWS = 100_000
+LARGEST_BAD_RATIO = 0.5
+LARGEST_SPLIT = 0.5
 
 _SUFFIX = re.compile(r"[A-Za-z0-9_-]{1,40}")
 _REQUEST_ID_CHARACTERS = 128
@@ -33,6 +38,23 @@ class CreateJob(msgspec.Struct, frozen=True, kw_only=True):
     hyperparameters: Any = None
     metadata: Any = None
     request_id: Any = None
+    max_bad_rows: Any = None
+    max_bad_ratio: Any = None
+    validation_split: Any = None
+
+
+class Tolerance(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How many bad rows of a file a job may leave out; where both are given, both must hold. None of either: no bad row."""
+
+    max_bad_rows: int | None = None
+    max_bad_ratio: float | None = None
+
+    def allowed(self, rows: int) -> int:
+        """Of a file with so many rows. A ratio is rounded down to whole rows."""
+        limits = [] if self.max_bad_rows is None else [self.max_bad_rows]
+        if self.max_bad_ratio is not None:
+            limits.append(math.floor(rows * self.max_bad_ratio + 1e-9))  # 0.07 of 100 rows are 7, not 6
+        return min(limits, default=0)
 
 
 def check_text(value: Any, param: str) -> str:
@@ -69,10 +91,13 @@ def check_method(base: Base, method: Any, training_type: Any) -> None:
         )
 
 
-def check_file(file: File | None, param: str, file_id: str, base: Base, method: str) -> File:
+def check_file(
+    file: File | None, param: str, file_id: str, base: Base, method: str, tolerance: Tolerance | None = None
+) -> File:
     """The file if this base can train on it that way.
 
-    Raises NotFound(`file_not_found`), Conflict(`file_not_ready`), InvalidRequest(`wrong_purpose`, `kind_not_supported`).
+    Raises NotFound(`file_not_found`), Conflict(`file_not_ready`), InvalidRequest(`wrong_purpose`, `file_has_errors`,
+    `too_many_bad_rows`, `kind_not_supported`).
     """
     if file is None:
         raise NotFound("file_not_found", mark("There is no file {file}."), param=param, file=quote(file_id))
@@ -85,7 +110,9 @@ def check_file(file: File | None, param: str, file_id: str, base: Base, method: 
             purpose=file.purpose,
             wanted=FINE_TUNE_PURPOSES[0],
         )
-    if file.status != "processed":
+    if file.status == "error":
+        check_bad_rows(file, param, tolerance or Tolerance())
+    elif file.status != "processed":
         raise Conflict("file_not_ready", mark("File {file} is not ready yet."), param=param, file=file.id)
     taken = [kind for kind in base.row_kinds if (kind == "preference") == (method == DPO)]
     if file.kind not in taken:
@@ -100,6 +127,103 @@ def check_file(file: File | None, param: str, file_id: str, base: Base, method: 
             taken=", ".join(taken),
         )
     return file
+
+
+def check_bad_rows(file: File, param: str, tolerance: Tolerance) -> None:
+    """Let a file with errors pass if all of them are in rows and the rows are few enough to be left out.
+
+    Raises InvalidRequest(`file_has_errors`, `too_many_bad_rows`).
+    """
+    report = msgspec.convert(file.report, Report)
+    if report.file_errors > 0:
+        raise InvalidRequest(
+            "file_has_errors",
+            mark(
+                "File {file} has errors that concern all of it ({codes}), which no tolerance covers. "
+                "Mend it with POST /api/v1/datasets/{file}/repair, or upload it again."
+            ),
+            param=param,
+            file=file.id,
+            codes=", ".join(sorted({p.code for p in report.problems if p.severity == "error" and p.line is None})),
+        )
+    if tolerance == Tolerance():
+        raise InvalidRequest(
+            "file_has_errors",
+            mark(
+                "{bad} of the {rows} rows of file {file} have errors. Mend it with POST /api/v1/datasets/{file}/repair "
+                "or tunewright datasets repair, or leave those rows out with max_bad_rows or max_bad_ratio."
+            ),
+            param=param,
+            file=file.id,
+            bad=report.bad_rows,
+            rows=report.rows,
+        )
+    check_number_of_bad_rows(file, param, tolerance, found=report.bad_rows, rows=report.rows)
+
+
+def check_number_of_bad_rows(file: File, param: str, tolerance: Tolerance, *, found: int, rows: int) -> None:
+    """Raises InvalidRequest(`too_many_bad_rows`)."""
+    allowed = tolerance.allowed(rows)
+    if found > allowed:
+        raise InvalidRequest(
+            "too_many_bad_rows",
+            mark("{found} of the {rows} rows of file {file} have errors; this job allows {allowed}."),
+            param=param,
+            file=file.id,
+            found=found,
+            rows=rows,
+            allowed=allowed,
+        )
+
+
+def check_tolerance(max_bad_rows: Any, max_bad_ratio: Any) -> Tolerance:
+    """Raises InvalidRequest(`invalid_value`) beyond 0 to 100,000 rows and 0 to 0.5 of the rows."""
+    rows = max_bad_rows
+    if isinstance(rows, float) and rows.is_integer():
+        rows = int(rows)
+    if rows is not None and (isinstance(rows, bool) or not isinstance(rows, int) or not 0 <= rows <= MOST_BAD_ROWS):
+        raise InvalidRequest(
+            "invalid_value",
+            mark("max_bad_rows must be a whole number from 0 to {most}, not {value}."),
+            param="max_bad_rows",
+            most=MOST_BAD_ROWS,
+            value=quote(max_bad_rows),
+        )
+    ratio = max_bad_ratio
+    if ratio is not None and not (_is_number(ratio) and 0 <= ratio <= LARGEST_BAD_RATIO):
+        raise InvalidRequest(
+            "invalid_value",
+            mark("max_bad_ratio must be a number from 0 to {most}, not {value}."),
+            param="max_bad_ratio",
+            most=LARGEST_BAD_RATIO,
+            value=quote(max_bad_ratio),
+        )
+    return Tolerance(max_bad_rows=rows, max_bad_ratio=None if ratio is None else float(ratio))
+
+
+def check_split(validation_split: Any, validation_file: Any) -> float | None:
+    """None if absent. Raises InvalidRequest(`invalid_value`), also beside a validation file."""
+    if validation_split is None:
+        return None
+    if not (_is_number(validation_split) and 0 < validation_split <= LARGEST_SPLIT):
+        raise InvalidRequest(
+            "invalid_value",
+            mark("validation_split must be a number above 0 and up to {most}, not {value}."),
+            param="validation_split",
+            most=LARGEST_SPLIT,
+            value=quote(validation_split),
+        )
+    if validation_file not in (None, ""):
+        raise InvalidRequest(
+            "invalid_value",
+            mark("validation_split and validation_file exclude each other; leave one out."),
+            param="validation_split",
+        )
+    return float(validation_split)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def check_suffix(suffix: Any) -> str | None:

@@ -3,11 +3,13 @@
 import math
 from typing import Any
 
+import msgspec
+
 from tunewright.clock import wall_s
 from tunewright.i18n import mark
 from tunewright.ids import new_id
 from tunewright.jobs.records import Job, JobCheckpoint, JobEvent
-from tunewright.jobs.spec import Checkpoint, Metrics
+from tunewright.jobs.spec import Checkpoint, Metrics, RowChoice
 
 _LEVELS = {"warn": "warn", "warning": "warn", "error": "error"}
 RESULT_COLUMNS = ("step", "train_loss", "train_accuracy", "valid_loss", "valid_mean_token_accuracy")
@@ -26,6 +28,27 @@ def message(job: Job, code: str, text: str, /, *, level: str = "info", **values:
         values={name: finite(value) for name, value in values.items()},
         created_at=wall_s(),
     )
+
+
+def prepared(job: Job, choice: RowChoice) -> list[JobEvent]:
+    """What is used of the files of a job that goes into the queue, and what is not."""
+    found = []
+    bad = len(choice.train.skip) + (len(choice.validation.skip) if choice.validation else 0)
+    if bad:
+        text = mark("{rows} bad rows are left out, as max_bad_rows or max_bad_ratio allow")
+        found.append(message(job, "bad_rows_left_out", text, level="warn", rows=bad))
+    if job.validation_split is not None and choice.validation is not None:
+        text = mark("{validation} rows are kept for validation, {train} are trained on")
+        found.append(message(job, "validation_split", text, validation=choice.validation.rows, train=choice.train.rows))
+    text = mark("The files are in place: {rows} rows. The job is queued")
+    return [*found, message(job, "queued", text, rows=choice.train.rows)]
+
+
+def succeeded(job: Job) -> JobEvent:
+    """The last line of a job that made a model. Its `data` repeats what happened to the rows."""
+    text = mark("The job has successfully completed: {used} rows used, {skipped} skipped, {cut} cut")
+    counts: dict[str, Any] = {name: job.rows.get(name, 0) for name in ("used", "skipped", "cut")}
+    return msgspec.structs.replace(message(job, "succeeded", text, **counts), data={"rows": job.rows})
 
 
 def metrics(job: Job, record: Metrics) -> JobEvent:

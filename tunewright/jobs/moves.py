@@ -132,15 +132,14 @@ class Moves:
         if errand is None:
             return True
         try:
-            rows, hyperparameters = errand.result()
+            prepared = errand.result()
         except TunewrightError as error:
             self._fail_unless_temporary(job, error)
             return True
         with self._storage.write() as tx:
-            changed = tx.jobs.change(job, status=QUEUED, hyperparameters=_as_dict(hyperparameters))
+            changed = tx.jobs.change(job, status=QUEUED, hyperparameters=_as_dict(prepared.hyperparameters))
             if changed is not None:
-                text = mark("The files are in place: {rows} rows. The job is queued")
-                tx.jobs.add_events([events.message(changed, "queued", text, rows=rows)])
+                tx.jobs.add_events(events.prepared(changed, prepared.choice))
         self._wake()
         return True
 

@@ -1,17 +1,19 @@
 """From a job's row to a work folder that a trainer can start in: data files, checked, and the spec."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
 from tunewright.datasets.records import File
 from tunewright.errors import Conflict, InvalidRequest, NotFound
-from tunewright.files_on_disk import fsync_folder, sha256_of
+from tunewright.files_on_disk import fsync_folder, sha256_of, write_atomically
 from tunewright.i18n import mark
+from tunewright.jobs import row_choice
+from tunewright.jobs.creation import Tolerance, check_number_of_bad_rows
 from tunewright.jobs.hyperparameters import resolve
 from tunewright.jobs.records import Job
-from tunewright.jobs.spec import Hyperparameters, TrainingSpec
+from tunewright.jobs.spec import DataChoice, Hyperparameters, RowChoice, TrainingSpec
 from tunewright.models.records import Base, TunedModel
 from tunewright.settings import HomeFolder, Settings
 
@@ -20,6 +22,15 @@ if TYPE_CHECKING:
     from tunewright.storage import Blobs, Storage
 
 _PARAMS = {"train": "training_file", "validation": "validation_file"}
+_UNSPLIT = "unsplit"
+"""The name of the training file's copy while it is being split."""
+
+
+class Prepared(NamedTuple):
+    """What is known of a job before it trains."""
+
+    hyperparameters: Hyperparameters
+    choice: RowChoice
 
 
 class Preparation:
@@ -34,18 +45,14 @@ class Preparation:
         self._home = home
         self._settings = settings
 
-    def prepare(self, job: Job) -> tuple[int, Hyperparameters]:
-        """Put the rows into the work folder. Returns how many there are to train on, and the resolved hyperparameters.
+    def prepare(self, job: Job) -> Prepared:
+        """Put the rows into the work folder.
 
         Raises NotFound, InvalidRequest or Conflict if the job can't run, Unavailable or StorageFull if it can't run now.
         """
         base = self.base(job)
-        files = self._files(job)
-        for name, file in files.items():
-            self._materialise(job, name, file, check=True)
-        rows = files["train"].rows
-        if rows is None:
-            rows = _count_rows(self._data(job, "train"))
+        choice = self._choice(job, self._files(job), check=True)
+        rows = choice.train.rows
         if rows < self._settings.min_training_rows:
             raise InvalidRequest(
                 "too_few_rows",
@@ -62,15 +69,13 @@ class Preparation:
             method=job.method,
             context_tokens=base.context_tokens,
         )
-        return rows, hyperparameters
+        return Prepared(hyperparameters, choice)
 
     def spec(self, job: Job) -> TrainingSpec:
         """The spec of `job.attempt`. Puts data files back that have gone. Raises what `prepare` raises."""
         base = self.base(job)
-        files = self._files(job)
-        for name, file in files.items():
-            self._materialise(job, name, file, check=False)
-        validation = files.get("validation")
+        choice = self._choice(job, self._files(job), check=False)
+        validation = choice.validation
         start = self._start_model(job)
         return TrainingSpec(
             job_id=job.id,
@@ -84,14 +89,17 @@ class Preparation:
             method=job.method,
             training_type=job.training_type,
             training_data=str(self._data(job, "train")),
-            training_sha256=files["train"].sha256,
+            training_sha256=choice.train.sha256,
             validation_data=None if validation is None else str(self._data(job, "validation")),
             validation_sha256=None if validation is None else validation.sha256,
+            skip_lines=str(self._kept(job)) if _some_left_out(choice) else None,
             hyperparameters=msgspec.convert(job.hyperparameters, Hyperparameters),
             seed=job.seed,
             threads=self._settings.trainer_threads,
             checkpoint_every_s=self._settings.checkpoint_every_s,
             max_line_bytes=self._settings.max_line_bytes,
+            token_cache=str(self._home.token_cache) if self._settings.token_cache_bytes else None,
+            token_cache_bytes=self._settings.token_cache_bytes,
         )
 
     def base(self, job: Job) -> Base:
@@ -121,6 +129,68 @@ class Preparation:
                 found[name] = file
         return found
 
+    def _choice(self, job: Job, files: dict[str, File], *, check: bool) -> RowChoice:
+        """The data files, in place, and what of them is used. Made once and kept beside them, for attempts to agree."""
+        if job.validation_split is None and all(file.status == "processed" for file in files.values()):
+            return RowChoice(**{name: self._whole(job, name, file, check=check) for name, file in files.items()})
+        choice = None if check else self._kept_choice(job)
+        if choice is None:
+            choice = self._split(job, files["train"]) if job.validation_split else self._without_bad(job, files)
+            write_atomically(self._kept(job), msgspec.json.encode(choice))
+        return choice
+
+    def _kept_choice(self, job: Job) -> RowChoice | None:
+        """None if a file is missing or not as long as it was."""
+        try:
+            choice = msgspec.json.decode(self._kept(job).read_bytes(), type=RowChoice)
+            for name, data in (("train", choice.train), ("validation", choice.validation)):
+                if data is not None and self._data(job, name).stat().st_size != data.size_bytes:
+                    return None
+        except (FileNotFoundError, msgspec.DecodeError):
+            return None
+        return choice
+
+    def _whole(self, job: Job, name: str, file: File, *, check: bool) -> DataChoice:
+        self._materialise(job, name, file, check=check)
+        rows = _count_rows(self._data(job, name)) if file.rows is None else file.rows
+        return DataChoice(sha256=file.sha256, size_bytes=file.size_bytes, rows=rows)
+
+    def _without_bad(self, job: Job, files: dict[str, File]) -> RowChoice:
+        found: dict[str, DataChoice] = {}
+        for name, file in files.items():
+            data = self._whole(job, name, file, check=True)
+            bad = self._bad_lines(job, name, file)
+            found[name] = msgspec.structs.replace(data, rows=data.rows - len(bad), skip=tuple(bad))
+        return RowChoice(**found)
+
+    def _split(self, job: Job, file: File) -> RowChoice:
+        self._materialise(job, _UNSPLIT, file, check=True)
+        bad = self._bad_lines(job, _UNSPLIT, file)
+        source, train, validation = (self._data(job, name) for name in (_UNSPLIT, "train", "validation"))
+        sides = row_choice.split(
+            source,
+            train,
+            validation,
+            ratio=job.validation_split or 0.0,
+            seed=job.seed,
+            bad=bad,
+            max_line_bytes=self._settings.max_line_bytes,
+        )
+        source.unlink()
+        return RowChoice(
+            train=_made(train, rows=sides.train, skip=tuple(bad)), validation=_made(validation, rows=sides.validation)
+        )
+
+    def _bad_lines(self, job: Job, name: str, file: File) -> list[int]:
+        if file.status == "processed":
+            return []
+        param = _PARAMS.get(name, "training_file")
+        bad = row_choice.bad_lines(file, self._data(job, name), self._blobs, self._settings, param)
+        tolerance = msgspec.convert(job.tolerance, Tolerance)
+        # A check of another release may have found more than were known when the job was created.
+        check_number_of_bad_rows(file, param, tolerance, found=len(bad), rows=file.rows or 0)
+        return bad
+
     def _materialise(self, job: Job, name: str, file: File, *, check: bool) -> None:
         target = self._data(job, name)
         if not target.is_file() or target.stat().st_size != file.size_bytes:
@@ -133,7 +203,7 @@ class Preparation:
             raise Conflict(
                 "file_integrity",
                 mark("The stored bytes of file {file} are not those that were uploaded. Upload it again."),
-                param=_PARAMS[name],
+                param=_PARAMS.get(name, "training_file"),
                 file=file.id,
             )
 
@@ -149,6 +219,17 @@ class Preparation:
 
     def _data(self, job: Job, name: str) -> Path:
         return self._home.jobs / job.id / "data" / f"{name}.jsonl"
+
+    def _kept(self, job: Job) -> Path:
+        return self._home.jobs / job.id / "data" / "skip.json"
+
+
+def _made(path: Path, *, rows: int, skip: tuple[int, ...] = ()) -> DataChoice:
+    return DataChoice(sha256=sha256_of(path), size_bytes=path.stat().st_size, rows=rows, skip=skip)
+
+
+def _some_left_out(choice: RowChoice) -> bool:
+    return any(data is not None and data.skip for data in (choice.train, choice.validation))
 
 
 def _count_rows(path: Path) -> int:

@@ -106,7 +106,6 @@ class Publication:
             )
             tx.files.insert(file)
             ready = mark("The model {model} is ready: {applied} of {tensors} adapter tensors applied")
-            done = mark("The job has successfully completed")
             tx.jobs.add_events(
                 [
                     events.message(
@@ -117,7 +116,7 @@ class Publication:
                         applied=proven.proof.get("tensors_applied"),
                         tensors=proven.proof.get("tensors"),
                     ),
-                    events.message(changed, "succeeded", done),
+                    events.succeeded(changed),
                 ]
             )
         return changed

@@ -70,6 +70,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     result_files: tuple[str, ...] = ()
     tolerance: dict[str, Any] = {}
     """`max_bad_rows` and `max_bad_ratio`, if the caller named them."""
+    validation_split: float | None = None
+    """The part of the training rows that is kept out of training to measure the validation loss with."""
     rows: dict[str, int] = {}
     """`used`, `skipped`, `cut`: what happened to every row."""
     error: JobError | None = None

@@ -4,6 +4,8 @@ import shutil
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NoReturn
 
+import msgspec
+
 from tunewright.accounts.idempotency import IdempotencyKey, find_earlier, remember
 from tunewright.clock import wall_s, wall_s_after
 from tunewright.datasets.records import File
@@ -207,10 +209,12 @@ class JobService:
         self, tx: "Transaction", project_id: str, request: CreateJob, request_id: str | None, base: Base
     ) -> Job:
         """The row to insert. Reads files in the transaction that inserts it, so that none is deleted in between."""
-        training = _file(tx, project_id, request, "training_file", base)
+        tolerance = creation.check_tolerance(request.max_bad_rows, request.max_bad_ratio)
+        validation_split = creation.check_split(request.validation_split, request.validation_file)
+        training = _file(tx, project_id, request, "training_file", base, tolerance)
         validation_file = None
         if request.validation_file not in (None, ""):
-            validation = _file(tx, project_id, request, "validation_file", base)
+            validation = _file(tx, project_id, request, "validation_file", base, tolerance)
             if validation.sha256 == training.sha256:
                 raise InvalidRequest(
                     "same_file",
@@ -248,6 +252,8 @@ class JobService:
             seed=seed,
             metadata=metadata,
             request_id=request_id,
+            tolerance=msgspec.to_builtins(tolerance),
+            validation_split=validation_split,
             created_at=wall_s(),
         )
 
@@ -292,9 +298,11 @@ def _earlier(
     return None if request_id is None else tx.jobs.find_by_request_id(project_id, request_id)
 
 
-def _file(tx: "Transaction", project_id: str, request: CreateJob, param: str, base: Base) -> File:
+def _file(
+    tx: "Transaction", project_id: str, request: CreateJob, param: str, base: Base, tolerance: creation.Tolerance
+) -> File:
     file_id = creation.check_text(getattr(request, param), param)
-    return creation.check_file(tx.files.get(project_id, file_id), param, file_id, base, request.method)
+    return creation.check_file(tx.files.get(project_id, file_id), param, file_id, base, request.method, tolerance)
 
 
 def _known(tx: "Transaction", project_id: str, job_id: str) -> Job:

@@ -9,6 +9,7 @@
       journal-{attempt}.jsonl   one JournalRecord per line, appended and flushed; a line without newline is not there yet
       log-{attempt}.txt     stdout and stderr
       data/train.jsonl ...  the rows, as the server put them
+      data/skip.json        RowChoice, if some rows are not used
       checkpoints/step-{n}/ published by one rename, with MANIFEST.json (sha256 of each file)
       result/               the adapter in PEFT's format, published by one rename before the `finished` record
 
@@ -35,6 +36,22 @@ class Hyperparameters(msgspec.Struct, frozen=True, kw_only=True):
     beta: float | None = None
 
 
+class DataChoice(msgspec.Struct, frozen=True, kw_only=True):
+    """What of one data file is used: `rows` good ones. `skip` are the lines to pass over, ascending, counted from 1."""
+
+    sha256: str
+    size_bytes: int
+    rows: int
+    skip: tuple[int, ...] = ()
+
+
+class RowChoice(msgspec.Struct, frozen=True, kw_only=True):
+    """What is used of the files of a job."""
+
+    train: DataChoice
+    validation: DataChoice | None = None
+
+
 class TrainingSpec(msgspec.Struct, frozen=True, kw_only=True):
     """All that a trainer needs. Paths are absolute."""
 
@@ -53,12 +70,17 @@ class TrainingSpec(msgspec.Struct, frozen=True, kw_only=True):
     training_sha256: str
     validation_data: str | None = None
     validation_sha256: str | None = None
+    skip_lines: str | None = None
+    """The file `data/skip.json`; None if every row is used."""
     hyperparameters: Hyperparameters
     seed: int
     threads: int
     """0 lets the trainer measure how many are best."""
     checkpoint_every_s: float
     max_line_bytes: int
+    token_cache: str | None = None
+    """Folder of the tokenised data files (datasets/packed_cache.py); None keeps none."""
+    token_cache_bytes: int = 0
 
 
 class TrainerProcess(msgspec.Struct, frozen=True, kw_only=True):
@@ -76,7 +98,7 @@ class Started(msgspec.Struct, frozen=True, kw_only=True, tag="started"):
     total_steps: int
     resumed_step: int
     rows: dict[str, int]
-    """used, skipped, cut."""
+    """used, skipped (bad rows, and rows with nothing to train on), cut; of the validation rows those used: validation."""
     tokens_per_epoch: int
     trained_tokens_per_epoch: int
     choices: dict[str, Any]

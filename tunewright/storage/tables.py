@@ -81,6 +81,8 @@ uploads = sa.Table(
     sa.Column("created_at", sa.BigInteger, nullable=False),
     sa.Column("expires_at", sa.BigInteger, nullable=False),
     sa.Column("file_id", ID),
+    sa.Column("on_problems", sa.Text, nullable=False),
+    sa.Column("completed_with", sa.String(64)),
     sa.Index("uploads_page", "project_id", "created_at", "id"),
     sa.Index("uploads_by_expiry", "status", "expires_at"),
 )
@@ -125,6 +127,7 @@ jobs = sa.Table(
     sa.Column("result_files", JSON, nullable=False),
     sa.Column("rows", JSON, nullable=False),
     sa.Column("tolerance", JSON, nullable=False),
+    sa.Column("validation_split", sa.Float(53)),
     sa.Column("error", JSON),
     sa.Column("attempt", sa.BigInteger, nullable=False),
     sa.Column("failures", sa.BigInteger, nullable=False),

@@ -17,6 +17,7 @@ def upgrade() -> None:
     op.create_index("files_by_parent", "files", ["project_id", "parent_id"], unique=False)
     op.create_index("files_by_status", "files", ["status", "project_id"], unique=False)
     op.add_column("jobs", sa.Column("tolerance", sa.JSON(), nullable=False, server_default="{}"))
+    op.add_column("jobs", sa.Column("validation_split", sa.Float(53), nullable=True))
     op.create_table(
         "file_images",
         sa.Column("project_id", ID, nullable=False),
@@ -38,6 +39,8 @@ def upgrade() -> None:
         sa.Column("created_at", sa.BigInteger(), nullable=False),
         sa.Column("expires_at", sa.BigInteger(), nullable=False),
         sa.Column("file_id", ID, nullable=True),
+        sa.Column("on_problems", sa.Text(), nullable=False),
+        sa.Column("completed_with", sa.String(length=64), nullable=True),
         sa.ForeignKeyConstraint(["project_id"], ["projects.id"]),
         sa.PrimaryKeyConstraint("project_id", "id"),
     )
