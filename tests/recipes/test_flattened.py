@@ -25,9 +25,8 @@ def plain_loss(model: Any, rows: packing.Rows) -> torch.Tensor:
     """Each row alone through transformers' own forward and loss, with -100 where a label is not trained."""
     total = torch.zeros(())
     for row in range(len(rows)):
-        span = slice(int(rows.starts[row]), int(rows.starts[row + 1]))
-        tokens = torch.tensor(rows.tokens[span], dtype=torch.long)[None]
-        trained = torch.tensor(rows.trained[span])[None]
+        tokens = torch.tensor(rows.tokens_of(row), dtype=torch.long)[None]
+        trained = torch.tensor(rows.trained_of(row))[None]
         labels = tokens.masked_fill(~trained, -100)
         total = total + model(input_ids=tokens, labels=labels, use_cache=False).loss * trained.sum()
     return total

@@ -26,8 +26,7 @@ def test_rows_are_what_the_renderer_made(tmp_path: Path, base: Path) -> None:
     assert rows.cut.rows == rows.skipped.rows == 0
     renderer = renderer_of(base)
     for row, (_, answer) in enumerate(ROWS):
-        span = slice(rows.starts[row], rows.starts[row + 1])
-        labels = rows.tokens[span][rows.trained[span]]
+        labels = rows.tokens_of(row)[rows.trained_of(row)]
         assert renderer.decode(labels.tolist()).strip() == answer
         assert int(labels[-1]) in renderer.stop_ids
 
@@ -41,7 +40,10 @@ def test_long_rows_are_cut_and_hopeless_ones_skipped_and_both_named(tmp_path: Pa
     assert rows.cut.lines == [2]
     assert rows.skipped.lines == [3]
     assert rows.cut.tokens == whole.length(1) - 60
-    assert np.array_equal(rows.tokens[rows.starts[1] : rows.starts[2]], whole.tokens[whole.starts[1] :][:60])
+    assert rows.length(1) == 60
+    assert np.array_equal(rows.tokens_of(1), whole.tokens_of(1)[:60])
+    assert np.array_equal(rows.trained_of(1), whole.trained_of(1)[:60])
+    assert rows.n_trained == sum(rows.trained_of(row).sum() for row in range(3))
 
 
 def test_a_file_without_labels_is_an_error(tmp_path: Path, base: Path) -> None:
@@ -52,12 +54,11 @@ def test_a_file_without_labels_is_an_error(tmp_path: Path, base: Path) -> None:
     assert caught.value.param == "training_file"
 
 
-def test_only_ten_lines_are_named() -> None:
-    tally = packing.Tally()
-    for line in range(1, 26):
-        tally.add(line, tokens=2)
-    assert (tally.rows, tally.tokens) == (25, 50)
-    assert tally.lines_text() == "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, …"
+def test_only_ten_lines_are_named(tmp_path: Path, base: Path) -> None:
+    asked = [("hello " * 90, "no") for _ in range(25)]
+    rows = read(write_rows(tmp_path / "rows.jsonl", [*asked, ("hello", "yes")]), base, max_length=60)
+    assert rows.skipped.rows == 25
+    assert rows.skipped.lines_text() == "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, …"
 
 
 def test_rows_that_stand_in_both_files_are_counted(tmp_path: Path, base: Path) -> None:
@@ -77,10 +78,20 @@ def test_every_epoch_is_a_permutation_of_its_own() -> None:
 
 
 def rows_of_lengths(lengths: list[int]) -> packing.Rows:
-    starts = np.concatenate([[0], np.cumsum(lengths)])
-    tokens = np.arange(starts[-1], dtype=np.int32)
-    trained = ~np.isin(tokens, starts)
-    return packing.Rows(tokens, trained, starts, packing.Tally(), packing.Tally())
+    """Rows in which all tokens but the first are labels."""
+    ends = np.cumsum(lengths)
+    labels = np.array(lengths) - 1
+    return packing.Rows(
+        tokens=np.arange(ends[-1], dtype=np.int32),
+        starts=ends - lengths,
+        lengths=np.array(lengths),
+        n_labels=labels,
+        spans=np.array([(1, length) for length in lengths if length > 1]),
+        first_span=np.cumsum(labels > 0) - (labels > 0),
+        end_span=np.cumsum(labels > 0),
+        cut=packing.Tally(),
+        skipped=packing.Tally(),
+    )
 
 
 def test_micro_batches_keep_to_the_budget_and_lose_nothing() -> None:

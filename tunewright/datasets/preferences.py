@@ -12,9 +12,9 @@ from tunewright.datasets.report import Path, Row
 from tunewright.i18n import mark
 
 PREFERENCE = "preference"
-_PREFERRED = ("preferred_output", "preferred_completion")
-_NON_PREFERRED = ("non_preferred_output", "non_preferred_completion")
-_ANSWERS = frozenset((*_PREFERRED, *_NON_PREFERRED))
+PREFERRED = ("preferred_output", "preferred_completion")
+NON_PREFERRED = ("non_preferred_output", "non_preferred_completion")
+_ANSWERS = frozenset((*PREFERRED, *NON_PREFERRED))
 _INPUT_FIELDS = frozenset({"messages", "tools", "parallel_tool_calls"})
 
 
@@ -39,11 +39,11 @@ def check_row(row: Row, value: dict[str, Any]) -> None:
         row.missing((*path, "messages"))
     else:
         _check_input(row, holder, path)
-    preferred = _check_answer(row, value, _PREFERRED)
-    other = _check_answer(row, value, _NON_PREFERRED)
+    preferred = _check_answer(row, value, PREFERRED)
+    other = _check_answer(row, value, NON_PREFERRED)
     if preferred is not None and preferred == other:
         sentence = mark("line {line}: the preferred and the other answer are the same, so {field} teaches nothing")
-        row.error("preference_identical", sentence, (_PREFERRED[0],))
+        row.error("preference_identical", sentence, (PREFERRED[0],))
 
 
 def _check_input(row: Row, holder: dict[str, Any], path: Path) -> None:

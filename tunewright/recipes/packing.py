@@ -3,16 +3,20 @@
 Conversations are laid end to end without padding; `lengths` says where one ends, and attention never crosses that line.
 """
 
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 
-from tunewright.datasets.rows import read_conversations
-from tunewright.errors import InvalidRequest
+from tunewright.datasets import packed_rows
+from tunewright.datasets.packed_cache import PackedCache, key_of
+from tunewright.datasets.packed_rows import PackedRows
+from tunewright.errors import InvalidRequest, Misconfigured
 from tunewright.i18n import mark
+from tunewright.jobs.spec import TrainingSpec
 from tunewright.rendering.renderer import Renderer
 
 LINES_NAMED = 10
@@ -26,13 +30,6 @@ class Tally:
     tokens: int = 0
     lines: list[int] = field(default_factory=list)
 
-    def add(self, line: int, tokens: int = 0) -> None:
-        """Count one row and the tokens it lost."""
-        self.rows += 1
-        self.tokens += tokens
-        if len(self.lines) < LINES_NAMED:
-            self.lines.append(line)
-
     def lines_text(self) -> str:
         """'3, 8, 21' or '3, 8, 21, …' when there are more."""
         return ", ".join(map(str, self.lines)) + (", …" if self.rows > len(self.lines) else "")
@@ -40,33 +37,50 @@ class Tally:
 
 @dataclass(frozen=True)
 class Rows:
-    """All usable rows of a file. Row i is `tokens[starts[i]:starts[i + 1]]`.
+    """All usable rows of a file. Row i is `tokens[starts[i]:starts[i] + lengths[i]]`; `tokens` may be longer than all rows
+    and lies on the disk. `n_labels` are the labels of each row: the spans `spans[first_span[i]:end_span[i]]`.
 
-    `trained[t]`: token t is a label; never true for the first token of a row, which nothing predicts.
+    A label is never the first token of a row, which nothing predicts. `cached`: nothing had to be tokenised.
     """
 
     tokens: np.ndarray
-    trained: np.ndarray
     starts: np.ndarray
+    lengths: np.ndarray
+    n_labels: np.ndarray
+    spans: np.ndarray
+    first_span: np.ndarray
+    end_span: np.ndarray
     cut: Tally
     skipped: Tally
+    cached: bool = False
 
     def __len__(self) -> int:
-        return len(self.starts) - 1
+        return len(self.starts)
 
     def length(self, row: int) -> int:
         """Tokens of one row."""
-        return int(self.starts[row + 1] - self.starts[row])
+        return int(self.lengths[row])
+
+    def tokens_of(self, row: int) -> np.ndarray:
+        """(length,) int32."""
+        return self.tokens[self.starts[row] : self.starts[row] + self.lengths[row]]
+
+    def trained_of(self, row: int) -> np.ndarray:
+        """(length,) bool: which tokens of a row are labels."""
+        trained = np.zeros(self.lengths[row], dtype=bool)
+        for begin, end in self.spans[self.first_span[row] : self.end_span[row]]:
+            trained[begin:end] = True  # what lies beyond the cut falls away
+        return trained
 
     @property
     def n_tokens(self) -> int:
         """Tokens of one pass over the file."""
-        return len(self.tokens)
+        return int(self.lengths.sum())
 
     @property
     def n_trained(self) -> int:
         """Labels of one pass over the file."""
-        return int(self.trained.sum())
+        return int(self.n_labels.sum())
 
 
 def read_rows(
@@ -78,45 +92,95 @@ def read_rows(
     between_rows: Callable[[], None],
     param: str,
     skip_lines: frozenset[int] = frozenset(),
+    cache: PackedCache | None = None,
+    data_sha256: str = "",
 ) -> Rows:
-    """Render every conversation of a file, keeping at most the first `max_length` tokens of each.
+    """Every conversation of a file as tokens, at most the first `max_length` of each.
 
-    The lines of `skip_lines` (from 1) are left out unseen; they and the rows that have no label left are skipped and counted. `between_rows` may raise to end the reading.
-    Raises InvalidRequest(`nothing_to_train`) naming `param` if no row remains.
+    The lines of `skip_lines` (from 1) are left out; they and the rows that have no label left are skipped and counted. With
+    a `cache`, the tokens are those kept there under `data_sha256`, or are kept there now. `between_rows` is called often
+    and may raise to end the reading. Raises InvalidRequest(`nothing_to_train`) naming `param` if no row remains, and what is
+    wrong with the first row that can't be rendered.
     """
-    tokens: list[np.ndarray] = []
-    trained: list[np.ndarray] = []
-    cut, skipped = Tally(), Tally()
-    for line in sorted(skip_lines):
-        skipped.add(line)
-    for line, conversation in read_conversations(path, max_line_bytes, skip_lines):
-        between_rows()
-        example = renderer.example(conversation)
-        labels = np.array(example.trained[:max_length], dtype=bool)
-        labels[:1] = False
-        if not labels.any():
-            skipped.add(line)
-            continue
-        if len(example.tokens) > max_length:
-            cut.add(line, len(example.tokens) - max_length)
-        tokens.append(np.array(example.tokens[:max_length], dtype=np.int32))
-        trained.append(labels)
-    if not tokens:
+
+    def make(folder: Path) -> None:
+        packed_rows.tokenise(
+            path,
+            renderer.folder,
+            folder,
+            max_line_bytes=max_line_bytes,
+            processes=packed_rows.cores(),
+            between_rows=between_rows,
+        )
+
+    if cache is None:
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".tokens-") as folder:
+            make(Path(folder))
+            packed, cached = packed_rows.load(Path(folder)), False  # what is mapped outlives its name
+    else:
+        packed, cached = cache.use(key_of(data_sha256, renderer.hash), make, packed_rows.load, between_rows)
+    return _chosen(packed, max_length, param, skip_lines, cached)
+
+
+def cache_of(spec: TrainingSpec) -> PackedCache | None:
+    """Where tokenised files are kept; None if the operator wants none."""
+    return PackedCache(Path(spec.token_cache), spec.token_cache_bytes) if spec.token_cache else None
+
+
+def _chosen(packed: PackedRows, max_length: int, param: str, skip_lines: frozenset[int], cached: bool) -> Rows:
+    """The rows that this job uses of all that were tokenised."""
+    left_out = np.fromiter(skip_lines, np.int64, len(skip_lines))
+    chosen = ~np.isin(packed.lines, left_out)
+    _refuse_unusable(packed, chosen, left_out)
+    n_labels = packed.labels_within(max_length)
+    usable = chosen & (n_labels > 0)
+    skipped = np.sort(np.concatenate([packed.lines[~usable], packed.refused]))
+    if not usable.any() or packed.tokens is None:
         raise InvalidRequest(
             "nothing_to_train",
             mark("No row of the file has an assistant token to train on within the first {max_length} tokens."),
             param=param,
             max_length=max_length,
-            rows=skipped.rows,
+            rows=len(skipped),
         )
-    starts = np.concatenate([[0], np.cumsum([len(row) for row in tokens])])
-    return Rows(np.concatenate(tokens), np.concatenate(trained), starts, cut, skipped)
+    lost = np.maximum(packed.lengths[usable] - max_length, 0)
+    cut_lines = packed.lines[usable][lost > 0]
+    return Rows(
+        tokens=packed.tokens,
+        starts=packed.starts[usable],
+        lengths=np.minimum(packed.lengths[usable], max_length),
+        n_labels=n_labels[usable],
+        spans=packed.spans,
+        first_span=packed.span_starts[usable],
+        end_span=packed.span_ends[usable],
+        cut=Tally(len(cut_lines), int(lost.sum()), cut_lines[:LINES_NAMED].tolist()),
+        skipped=Tally(len(skipped), 0, skipped[:LINES_NAMED].tolist()),
+        cached=cached,
+    )
+
+
+def _refuse_unusable(packed: PackedRows, chosen: np.ndarray, left_out: np.ndarray) -> None:
+    """Raises what is wrong with the first row that the job wants and that is no conversation of text."""
+    refused = packed.refused[~np.isin(packed.refused, left_out)]
+    repeated = np.concatenate([np.zeros(1, bool), np.diff(packed.lines) == 0])[: len(packed.lines)]
+    other = packed.lines[chosen & ((packed.images > 0) | repeated)]
+    first = min([*refused[:1].tolist(), *other[:1].tolist()], default=None)
+    if first is not None:
+        _raise_cause(packed, first)
+
+
+def _raise_cause(packed: PackedRows, line: int) -> NoReturn:
+    for cause in packed.causes:
+        if cause.line == line:
+            kind = Misconfigured if cause.kind == Misconfigured.kind else InvalidRequest
+            raise kind(cause.code, cause.message, **cause.values)
+    raise InvalidRequest("wrong_format", mark("line {line} is not a chat or function row"), line=line)
 
 
 def overlap(rows: Rows, others: Rows) -> int:
     """How many of `others` are, token for token, also among `rows`."""
-    known = {hash(rows.tokens[start:end].tobytes()) for start, end in pairwise(rows.starts)}
-    return sum(hash(others.tokens[start:end].tobytes()) in known for start, end in pairwise(others.starts))
+    known = {hash(rows.tokens_of(row).tobytes()) for row in range(len(rows))}
+    return sum(hash(others.tokens_of(row).tobytes()) in known for row in range(len(others)))
 
 
 def epoch_order(n_rows: int, seed: int, epoch: int) -> np.ndarray:
@@ -154,9 +218,8 @@ class Flat:
 
 def flatten(rows: Rows, chosen: list[int]) -> Flat:
     """Lay the chosen rows end to end, positions restarting at each."""
-    spans = [slice(int(rows.starts[row]), int(rows.starts[row + 1])) for row in chosen]
-    tokens = np.concatenate([rows.tokens[span] for span in spans]).astype(np.int64)
-    trained = np.concatenate([rows.trained[span] for span in spans])
+    tokens = np.concatenate([rows.tokens_of(row) for row in chosen]).astype(np.int64)
+    trained = np.concatenate([rows.trained_of(row) for row in chosen])
     lengths = [rows.length(row) for row in chosen]
     positions = np.concatenate([np.arange(length, dtype=np.int64) for length in lengths])
     places = np.flatnonzero(trained)  # never the first token of a row, so the place before is in the same row
@@ -165,4 +228,4 @@ def flatten(rows: Rows, chosen: list[int]) -> Flat:
 
 def count_labels(rows: Rows, chosen: np.ndarray) -> int:
     """Labels in the chosen rows."""
-    return sum(int(rows.trained[rows.starts[row] : rows.starts[row + 1]].sum()) for row in chosen)
+    return int(rows.n_labels[chosen].sum())

@@ -56,6 +56,7 @@ class Renderer:
     """
 
     def __init__(self, folder: Path) -> None:
+        self.folder = folder
         files = read_model_folder(folder)
         self._template = ChatTemplate(files.template, files.tokens)
         self._tool_template = ChatTemplate(files.tool_template, files.tokens) if files.tool_template else self._template
