@@ -1,8 +1,9 @@
 """Parameters that are refused by name, whatever their value."""
 
+from collections.abc import Collection
 from typing import Any
 
-from tunewright.errors import InvalidRequest
+from tunewright.errors import InvalidRequest, quote
 from tunewright.i18n import mark
 
 NEVER = frozenset(
@@ -16,11 +17,19 @@ NOT_ON_CREATE = NEVER | {"status", "id", "tenant_id", "project_id", "fine_tuned_
 def refuse(body: Any, names: frozenset[str]) -> Any:
     """`body` as it came. Raises InvalidRequest (`unknown_parameter`) if it holds one of `names`."""
     if isinstance(body, dict) and not names.isdisjoint(body):
-        name = min(names.intersection(body))
-        raise InvalidRequest(
-            "unknown_parameter", mark("The parameter {field} is not taken here."), param=name, field=name
-        )
+        raise _unknown(min(names.intersection(body)))
     return body
+
+
+def refuse_others(body: Any, known: Collection[str]) -> Any:
+    """`body` as it came. Raises InvalidRequest (`unknown_parameter`) if it holds a name that is not `known`."""
+    if isinstance(body, dict) and (others := body.keys() - known):
+        raise _unknown(quote(min(others)))
+    return body
+
+
+def _unknown(name: str) -> InvalidRequest:
+    return InvalidRequest("unknown_parameter", mark("The parameter {field} is not taken here."), param=name, field=name)
 
 
 def unsupported(name: str, param: str | None = None) -> InvalidRequest:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from tunewright.datasets.presentation import status_sentence
 from tunewright.datasets.records import File
 from tunewright.i18n import translate
 from tunewright.jobs.records import Job, JobCheckpoint, JobEvent
@@ -11,8 +12,8 @@ from tunewright.models.service import Card
 _PUBLIC_HYPERPARAMETERS = ("n_epochs", "batch_size", "learning_rate_multiplier")
 
 
-def file_object(file: File) -> dict[str, Any]:
-    """`samples` is the number of rows of a training file."""
+def file_object(file: File, language: str = "en") -> dict[str, Any]:
+    """`samples` is the number of rows of a training file; `status_details` is a sentence in `language`, or None."""
     shown: dict[str, Any] = {
         "id": file.id,
         "object": "file",
@@ -21,7 +22,7 @@ def file_object(file: File) -> dict[str, Any]:
         "filename": file.filename,
         "purpose": file.purpose,
         "status": file.status,
-        "status_details": None,
+        "status_details": status_sentence(file, language),
     }
     if file.rows is not None:
         shown["samples"] = file.rows
@@ -60,6 +61,9 @@ def job_object(job: Job, words: Mapping[str, str], fine_tuned_model: str | None,
         "trained_tokens": job.trained_tokens,
         "result_files": list(job.result_files),
         "rows": job.rows or None,
+        "max_bad_rows": job.tolerance.get("max_bad_rows"),
+        "max_bad_ratio": job.tolerance.get("max_bad_ratio"),
+        "validation_split": job.validation_split,
         "progress": {"step": job.step, "total_steps": job.total_steps},
         "error": _job_error(job, language),
     }

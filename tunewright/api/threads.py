@@ -1,6 +1,7 @@
 """Blocking work that must not be left behind."""
 
 import asyncio
+import threading
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
@@ -18,6 +19,19 @@ async def to_the_end(
     try:
         return await asyncio.shield(work)
     except asyncio.CancelledError:
+        await asyncio.wait({work})
+        work.exception()  # looked at, so that nothing complains that nobody did
+        raise
+
+
+async def stoppable(function: Callable[[Callable[[], bool]], _Result]) -> _Result:
+    """`function(stopped)` in a thread. A cancellation makes `stopped()` true and takes effect when the function has returned."""
+    stop = threading.Event()
+    work = asyncio.ensure_future(run_in_threadpool(function, stop.is_set))
+    try:
+        return await asyncio.shield(work)
+    except asyncio.CancelledError:
+        stop.set()
         await asyncio.wait({work})
         work.exception()  # looked at, so that nothing complains that nobody did
         raise

@@ -18,7 +18,7 @@ from tunewright.errors import Misconfigured, NotFound, StorageFull, Unavailable
 from tunewright.files_on_disk import fsync_file, fsync_folder
 from tunewright.i18n import mark
 
-_KEY = re.compile(r"[a-z][a-z0-9-]{0,31}(/[A-Za-z0-9][A-Za-z0-9_-]{0,79}){1,3}")
+_KEY = re.compile(r"[a-z][a-z0-9-]{0,31}(/[A-Za-z0-9][A-Za-z0-9_-]{0,79}){1,3}(\.jsonl)?")
 
 
 class Blobs:
@@ -95,7 +95,7 @@ class Blobs:
 
 def _check(key: str) -> None:
     if not _KEY.fullmatch(key):
-        raise ValueError("a blob's key has parts of letters, digits, '-' and '_' only")
+        raise ValueError("a blob's key has parts of letters, digits, '-' and '_' only, and '.jsonl' at most at the end")
 
 
 def _local_folder(url: str) -> Path | None:
