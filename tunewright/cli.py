@@ -1,4 +1,4 @@
-"""The command line: `tunewright serve`, `keys`, `models`, `version`. Every command takes `--home DIR`."""
+"""The command line: `tunewright serve`, `keys`, `models`, `datasets`, `version`. Those on a home take `--home DIR`."""
 
 import json
 import logging
@@ -13,7 +13,7 @@ import structlog
 import typer
 from pydantic import ValidationError
 
-from tunewright import __version__
+from tunewright import __version__, dataset_commands
 from tunewright.errors import Misconfigured, TunewrightError
 from tunewright.i18n import mark, translate
 from tunewright.settings import HomeFolder, Settings
@@ -38,6 +38,7 @@ keys_app = typer.Typer(no_args_is_help=True, help="API keys.")
 models_app = typer.Typer(no_args_is_help=True, help="Base models.")
 app.add_typer(keys_app, name="keys")
 app.add_typer(models_app, name="models")
+app.add_typer(dataset_commands.app, name="datasets")
 
 Home = Annotated[Path | None, typer.Option("--home", help="Folder that holds everything [default: ~/.tunewright]")]
 

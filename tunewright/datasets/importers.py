@@ -38,6 +38,7 @@ BOOKKEEPING = frozenset({
     "data_source", "subset", "split", "category", "categories", "topic", "topics", "subject", "domain", "tag", "tags", "lang",
     "language", "locale", "license", "url", "link", "author", "annotator", "created", "created_at", "updated_at", "date",
     "timestamp", "version", "hash", "md5", "sha256", "meta", "metadata", "__index_level_0__",
+    "unnamed: 0",
 })  # fmt: skip
 """Fields that say where a row is from, not what it teaches."""
 
