@@ -8,6 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from peft import PeftModel
@@ -24,7 +25,17 @@ from tests.recipes.job_folder import (
     write_rows,
 )
 from tunewright.files_on_disk import sha256_of
-from tunewright.jobs.spec import Checkpoint, Failed, Finished, JournalRecord, Started, Stopped
+from tunewright.jobs.spec import (
+    Checkpoint,
+    DataChoice,
+    Failed,
+    Finished,
+    JournalRecord,
+    Note,
+    RowChoice,
+    Started,
+    Stopped,
+)
 from tunewright.recipes import adapters, flattened, text
 
 
@@ -235,6 +246,39 @@ def test_rows_that_are_cut_or_skipped_are_told(tmp_path: Path, base: Path) -> No
     assert codes(found) == ["rows_cut", "rows_skipped"]
     started = next(record for record in found if isinstance(record, Started))
     assert started.rows == {"used": 2, "skipped": 1, "cut": 1}
+
+
+def test_bad_lines_are_left_out_and_named(tmp_path: Path, base: Path) -> None:
+    """Lines that are no rows at all, a row that could be trained on, and one without labels that nobody called bad."""
+    rows = [*ROWS, ("hello " * 90, "no")]
+    spec = write_job(tmp_path / "job", base, rows, max_length=60)
+    train, validation = (
+        Path(spec.training_data),
+        write_rows(tmp_path / "valid.jsonl", [("a", "b"), ("c", "d"), ("e", "f")]),
+    )
+    lines = train.read_bytes().splitlines()
+    lines[1], lines[3] = b"-", b"x" * 2**21
+    train.write_bytes(b"\n".join(lines))
+    skip = tmp_path / "skip.json"
+    choice = RowChoice(
+        train=DataChoice(sha256=sha256_of(train), size_bytes=1, rows=5, skip=(2, 4, 6)),
+        validation=DataChoice(sha256=sha256_of(validation), size_bytes=1, rows=2, skip=(3,)),
+    )
+    skip.write_bytes(msgspec.json.encode(choice))
+    spec = next_attempt(
+        spec,
+        training_sha256=choice.train.sha256,
+        validation_data=str(validation),
+        validation_sha256=sha256_of(validation),
+        skip_lines=str(skip),
+    )
+    found = train_here(spec)
+    started = found[0]
+    assert isinstance(started, Started)
+    assert started.rows == {"used": 4, "skipped": 4, "cut": 0, "validation": 2}
+    told = [(note.code, note.values["rows"], note.values["lines"]) for note in found if isinstance(note, Note)]
+    assert told == [("bad_rows_skipped", 3, "2, 4, 6"), ("rows_skipped", 1, "8"), ("bad_rows_skipped", 1, "3")]
+    assert finished(found).trained_tokens == 3 * started.tokens_per_epoch
 
 
 def test_nothing_to_train(tmp_path: Path, base: Path) -> None:

@@ -25,7 +25,7 @@ from tunewright.errors import InvalidRequest
 from tunewright.files_on_disk import publish_folder, sha256_of
 from tunewright.i18n import mark
 from tunewright.jobs.spec import Checkpoint, Finished, Metrics, Started
-from tunewright.recipes import adapters, checkpoints, flattened, packing
+from tunewright.recipes import adapters, checkpoints, flattened, job_rows, packing
 from tunewright.recipes.attempt import UNFINISHED_RESULT, Attempt, StopRequested
 from tunewright.recipes.threads import choose_threads
 from tunewright.rendering.renderer import renderer_of
@@ -101,11 +101,7 @@ class Training:
 
         # data
         self.renderer = renderer_of(Path(self.spec.base_path))
-        self.rows = self._read(self.spec.training_data, "training_file")
-        self.validation = None
-        if self.spec.validation_data is not None:
-            self.validation = self._read(self.spec.validation_data, "validation_file")
-            self._warn_of_overlap(self.validation)
+        self.rows, self.validation = job_rows.read(attempt, self.renderer)
         self.steps_per_epoch = math.ceil(len(self.rows) / self.wanted.batch_size)
         self.total_steps = self.steps_per_epoch * self.wanted.n_epochs
         self.token_budget = TOKEN_BUDGET
@@ -139,55 +135,10 @@ class Training:
             adapter_sha256=self._publish_result(),
         )
 
-    # --- data ---
-
-    def _read(self, path: str, param: str) -> packing.Rows:
-        rows = packing.read_rows(
-            Path(path),
-            self.renderer,
-            max_length=self.wanted.max_length,
-            max_line_bytes=self.spec.max_line_bytes,
-            between_rows=self.attempt.go_on,
-            param=param,
-        )
-        if rows.cut.rows:
-            self.attempt.note(
-                "rows_cut",
-                mark(
-                    "{rows} rows of {file} were cut to {max_length} tokens; {tokens} tokens were lost. Lines: {lines}"
-                ),
-                rows=rows.cut.rows,
-                file=param,
-                max_length=self.wanted.max_length,
-                tokens=rows.cut.tokens,
-                lines=rows.cut.lines_text(),
-            )
-        if rows.skipped.rows:
-            self.attempt.note(
-                "rows_skipped",
-                mark("{rows} rows of {file} were not used, for they hold no token to train on. Lines: {lines}"),
-                rows=rows.skipped.rows,
-                file=param,
-                lines=rows.skipped.lines_text(),
-            )
-        return rows
-
-    def _warn_of_overlap(self, validation: packing.Rows) -> None:
-        found = packing.overlap(self.rows, validation)
-        if found:
-            self.attempt.note(
-                "validation_overlap",
-                mark(
-                    "{found} of the {rows} validation rows are also training rows, so the validation loss looks too good."
-                ),
-                found=found,
-                rows=len(validation),
-            )
-
     # --- model ---
 
     def _prove_flattening(self) -> None:
-        lengths = np.diff(self.rows.starts)
+        lengths = self.rows.lengths
         shortest = [int(row) for row in np.argsort(lengths, kind="stable")[:2]]
         pair = [shortest[0], shortest[-1]]  # a single row is laid beside itself
         flattened.prove_flattening(
@@ -228,13 +179,14 @@ class Training:
             Started(
                 total_steps=self.total_steps,
                 resumed_step=progress.step,
-                rows={"used": len(rows), "skipped": rows.skipped.rows, "cut": rows.cut.rows},
+                rows=job_rows.counts(rows, self.validation),
                 tokens_per_epoch=rows.n_tokens,
                 trained_tokens_per_epoch=rows.n_trained,
                 choices={
                     "device": self.device.type,
                     "dtype": str(self.dtype).removeprefix("torch."),
                     "threads": self.threads,
+                    "tokens": "cached" if rows.cached else "made",
                     "trained_parameters": sum(parameter.numel() for parameter in self.parameters.values()),
                     "lora": asdict(self.lora),
                     "token_budget": self.token_budget,
