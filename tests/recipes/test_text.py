@@ -24,6 +24,7 @@ from tests.recipes.job_folder import (
     write_job,
     write_rows,
 )
+from tests.unit.bad_rows import preference
 from tunewright.files_on_disk import sha256_of
 from tunewright.jobs.spec import (
     Checkpoint,
@@ -249,7 +250,7 @@ def test_rows_that_are_cut_or_skipped_are_told(tmp_path: Path, base: Path) -> No
 
 
 def test_bad_lines_are_left_out_and_named(tmp_path: Path, base: Path) -> None:
-    """Lines that are no rows at all, a row that could be trained on, and one without labels that nobody called bad."""
+    """Lines that are no rows, one that is a row of another kind, and one without labels that nobody called bad."""
     rows = [*ROWS, ("hello " * 90, "no")]
     spec = write_job(tmp_path / "job", base, rows, max_length=60)
     train, validation = (
@@ -257,7 +258,7 @@ def test_bad_lines_are_left_out_and_named(tmp_path: Path, base: Path) -> None:
         write_rows(tmp_path / "valid.jsonl", [("a", "b"), ("c", "d"), ("e", "f")]),
     )
     lines = train.read_bytes().splitlines()
-    lines[1], lines[3] = b"-", b"x" * 2**21
+    lines[1], lines[3], lines[5] = b"-", b"x" * 2**21, preference().strip()
     train.write_bytes(b"\n".join(lines))
     skip = tmp_path / "skip.json"
     choice = RowChoice(

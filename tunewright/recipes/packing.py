@@ -134,7 +134,7 @@ def _chosen(packed: PackedRows, max_length: int, param: str, skip_lines: frozens
     _refuse_unusable(packed, chosen, left_out)
     n_labels = packed.labels_within(max_length)
     usable = chosen & (n_labels > 0)
-    skipped = np.sort(np.concatenate([packed.lines[~usable], packed.refused]))
+    skipped = np.unique(np.concatenate([packed.lines[~usable], packed.refused]))  # a preference row stands there twice
     if not usable.any() or packed.tokens is None:
         raise InvalidRequest(
             "nothing_to_train",
