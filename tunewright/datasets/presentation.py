@@ -8,6 +8,8 @@ from tunewright.datasets.records import File
 from tunewright.datasets.report import Problem, Report
 from tunewright.i18n import LANGUAGES, mark, translate
 
+IMAGES = "images"
+"""Where the report of a file that is `processing` says how many of its images are done."""
 _ORDER = {"error": 0, "warning": 1}
 
 
@@ -36,6 +38,7 @@ def dataset_object(
             "groups": groups(report, language),
             "problems": [problem_object(problem, language) for problem in report.problems],
             "truncated": report.problems_truncated,
+            **({"images": file.report[IMAGES]} if file and file.report.get(IMAGES) else {}),
         },
     }
 

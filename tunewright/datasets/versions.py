@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 REPAIR_ROUTE = "POST /datasets/repair"
 SPLIT_ROUTE = "POST /datasets/split"
+ROLES = ("training", "validation")
 MOST_ANCESTORS = 1000
 MOST_CHILDREN = 1000
 
@@ -145,10 +146,16 @@ class Versions:
                 seed=seed,
                 max_line_bytes=self._settings.max_line_bytes,
             )
-            arrivals = [
-                self._half(file, path, note, role, {"validation_ratio": ratio, "seed": seed}, watch)
-                for path, note, role in zip((training, validation), problems, ("training", "validation"), strict=True)
-            ]
+            arrivals: list[Arrival] = []
+            try:
+                for path, note, role in zip((training, validation), problems, ROLES, strict=True):
+                    arrivals.append(
+                        self._half(file, path, note, role, {"validation_ratio": ratio, "seed": seed}, watch)
+                    )
+            except BaseException:
+                for arrival in arrivals:
+                    arrival.images.discard()
+                raise
             arrivals = _introduced(arrivals)
             return self._both(self._intake.store(arrivals, SPLIT_ROUTE, idempotency))
 
