@@ -382,9 +382,7 @@ async def test_a_client_that_leaves_ends_the_check(world: World, monkeypatch: py
     begun, ended = asyncio.Event(), threading.Event()
     loop = asyncio.get_running_loop()
 
-    def slow(
-        data: Path, purpose: str, limits: Any, *, problems_to: Path, progress: Callable[[int, int], None], **_rest: Any
-    ) -> Report:
+    def slow(data: Path, purpose: str, limits: Any, *, progress: Callable[[int, int], None], **_rest: Any) -> Report:
         loop.call_soon_threadsafe(begun.set)
         try:
             while True:
@@ -393,7 +391,7 @@ async def test_a_client_that_leaves_ends_the_check(world: World, monkeypatch: py
         finally:
             ended.set()
 
-    monkeypatch.setattr(intake, "check", slow)
+    monkeypatch.setattr(intake, "check_in_child", slow)
     request = httpx.Request("POST", "http://localhost/api/v1/datasets", files={"file": ("a.jsonl", lines(GOOD))})
     messages = [{"type": "http.request", "body": request.read(), "more_body": False}]
     before = left_behind(world)

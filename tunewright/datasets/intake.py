@@ -1,6 +1,5 @@
 """How a file comes in, whoever made it: checked, its bytes stored, then its report, then the record that makes it visible."""
 
-import inspect
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,13 +11,13 @@ import msgspec
 from tunewright.accounts.idempotency import find_earlier, remember
 from tunewright.clock import wall_s
 from tunewright.datasets.blob_keys import content_key, report_key
-from tunewright.datasets.check import check
+from tunewright.datasets.check import check_in_child
 from tunewright.datasets.image_service import PROGRESS, ImageService, Prepared
 from tunewright.datasets.problem_list import BLOB_BYTES, sort_by_line
 from tunewright.datasets.records import FINE_TUNE_PURPOSES, File
 from tunewright.datasets.report import Problem, Report
 from tunewright.datasets.uploads import PART_PREFIX, Watch
-from tunewright.errors import InvalidRequest, NotFound, quote
+from tunewright.errors import InvalidRequest, NotFound, Unavailable, quote
 from tunewright.files_on_disk import sha256_of, write_atomically
 from tunewright.i18n import mark, translate
 from tunewright.ids import new_id, random_text
@@ -81,15 +80,14 @@ class Intake:
             path.unlink(missing_ok=True)
 
     def check(self, data: Path, purpose: str, problems: Path, watch: Watch | None = None) -> Report:
-        """The report on the rows of `data`; all that is wrong is written to `problems`."""
-        options: dict[str, Any] = {
-            "problems_to": problems,
-            "processes": (os.cpu_count() or 1) if data.stat().st_size > MANY_BYTES else 1,
-            "progress": watch,
-        }
-        if "problems_to" not in inspect.signature(check).parameters:  # until the check takes them
-            options = {}
-        return check(data, purpose, self._settings, **options)
+        """The report on the rows of `data`; all that is wrong is written to `problems`. Raises Unavailable(`check_failed`)."""
+        processes = (os.cpu_count() or 1) if data.stat().st_size > MANY_BYTES else 1
+        try:
+            return check_in_child(
+                data, purpose, self._settings, problems_to=problems, processes=processes, progress=watch
+            )
+        except ChildProcessError:
+            raise Unavailable("check_failed", mark("The file could not be checked now; send it again.")) from None
 
     def arrival(
         self,
