@@ -163,17 +163,22 @@ def label_spans(trained: list[bool]) -> list[int]:
 
 def main(arguments: list[str]) -> int:
     """The part of the order in the folder; exit code 0 when it is done."""
-    threading.Thread(target=_end_with_stdin, daemon=True).start()
+    end_with_stdin()
     folder = Path(arguments[0])
     order = msgspec.json.decode((folder / "order.json").read_bytes(), type=Order)
     write_part(order, folder)
     return 0
 
 
-def _end_with_stdin() -> None:
-    while os.read(0, 4096):  # not sys.stdin, whose lock would be held when the interpreter ends
-        pass
-    os._exit(1)
+def end_with_stdin() -> None:
+    """From now on this process ends when whoever started it closes its stdin or dies."""
+
+    def watch() -> None:
+        while os.read(0, 4096):  # not sys.stdin, whose lock would be held when the interpreter ends
+            pass
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 if __name__ == "__main__":

@@ -112,6 +112,10 @@ class Renderer:
         """Text of ids without special tokens."""
         return self._tokens.decode(ids)
 
+    def pieces(self, ids: Iterable[int]) -> list[str | None]:
+        """The text of each token as `Tokens.pieces` has it."""
+        return self._tokens.pieces(ids)
+
     def stream_decoder(self) -> StreamDecoder:
         """A decoder for one stream of ids: `push(id)` gives whole characters only, `flush()` the rest."""
         return self._tokens.stream_decoder()

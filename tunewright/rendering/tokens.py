@@ -100,6 +100,26 @@ class Tokens:
         """A fresh decoder for one answer."""
         return _ByteDecoder(self) if self._byte_level else _WindowDecoder(self)
 
+    def pieces(self, ids: Iterable[int]) -> list[str | None]:
+        """The text of each token, special ones as they are written. A character of several tokens stands at the first of
+        them, the others have None. Joined: the whole text."""
+        found: list[str | None] = []
+        decoder = self.stream_decoder()
+        begun = 0
+        for token_id in ids:
+            special = self.is_special(token_id)
+            text = decoder.flush() if special else decoder.push(token_id)
+            if special and begun < len(found):
+                found[begun] = text
+            found.append(self._first.id_to_token(token_id) if special else None)
+            if special or text:
+                if not special:
+                    found[begun] = text
+                begun = len(found)
+        if begun < len(found):
+            found[begun] = decoder.flush()
+        return found
+
     def bytes_of(self, token_id: int) -> bytes:
         """The bytes that a token of a byte-level vocabulary stands for; b'' for special and unknown ids."""
         known = self._bytes.get(token_id)
