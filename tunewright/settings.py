@@ -32,6 +32,14 @@ class Settings(BaseSettings):
     max_json_bytes: int = Field(default=2**20, description="Largest JSON body outside chat")
     max_chat_bytes: int = Field(default=20 * 2**20, description="Largest chat body")
     max_line_bytes: int = Field(default=4 * 2**20, description="Longest line of a data file")
+    remote_media: Literal["public", "off"] = Field(
+        default="public", description="Images of data rows: fetched from public addresses, or taken only as base64"
+    )
+    remote_media_hosts: list[str] = Field(
+        default=[], description="The only hosts that images are fetched from, '*.example.com' for all below; empty: any"
+    )
+    max_images_per_file: int = Field(default=100_000, ge=1, description="Images that the rows of one file may refer to")
+    max_image_bytes_per_file: int = Field(default=20 * 2**30, ge=1, description="Bytes of all images of one file")
     min_training_rows: int = Field(default=1, ge=1, description="Fewest rows a training file may have")
     min_free_disk_bytes: int = Field(default=2**30, description="Uploads are refused below this much free disk")
 

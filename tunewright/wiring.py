@@ -75,6 +75,7 @@ class Platform:
         self.jobs.sweep()
         self.models.sweep()
         self.pool.start()
+        self.datasets.images.start()
         self.controller.start()
         self._started = True
         log.info("started", home=str(self.home.root))
@@ -83,6 +84,7 @@ class Platform:
         """End the control loop and the engines; trainers as `settings.on_shutdown` says. Safe to call twice."""
         self.stopping.set()
         self.controller.stop()
+        self.datasets.images.stop()
         if self._lock is not None:  # only who holds the home may end what runs in it
             self.pool.stop()
         self.storage.close()

@@ -1,20 +1,22 @@
-"""Content parts: texts and images. Images are recognised, never fetched or opened from a path."""
+"""Content parts: texts and images. Images are recognised here, fetched and decoded in `images.py`, never opened from a path."""
 
 import base64
 import binascii
 import re
 from typing import Any
 
+from tunewright import egress
+from tunewright.datasets.image_records import MAX_IMAGE_BYTES
 from tunewright.datasets.report import Path, Row, shown
+from tunewright.errors import InvalidRequest
 from tunewright.i18n import mark
 
 MAX_IMAGES = 10
-MAX_IMAGE_BYTES = 20 * 2**20
 
 _DATA_URL = re.compile(r"data:([^;,]{0,60})(;base64)?,", re.IGNORECASE)
 _BARE_BASE64 = re.compile(r"[A-Za-z0-9+/\r\n]{40,}={0,2}\s*")
-_TYPES = frozenset({"image/jpeg", "image/jpg", "image/png", "image/webp", "image/gif", "image/bmp"})
-_MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"BM")
+_TYPES = frozenset({"image/jpeg", "image/jpg", "image/png", "image/webp"})
+_MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n")
 
 
 def has_image(parts: list[Any]) -> bool:
@@ -82,13 +84,9 @@ def _check_image_part(row: Row, part: dict[str, Any], path: Path) -> None:
 
 
 def check_image_url(row: Row, url: str, path: Path) -> None:
-    """Accept `data:image/...;base64,` and bare base64 of a known image format; refuse everything else."""
-    head = url[:200].lstrip().lower()
-    if head.startswith(("http:", "https:")):
-        sentence = mark(
-            "line {line}, {field} is a web address; this server does not fetch images: write them as data:image/...;base64"
-        )
-        row.error("remote_media_not_allowed", sentence, path)
+    """Accept http(s) addresses that may be fetched, and JPEG, PNG or WebP as `data:image/...;base64,` or bare base64."""
+    if is_remote(url):
+        _check_address(row, url.strip(), path)
     elif found := _DATA_URL.match(url, len(url) - len(url.lstrip())):
         _check_data(row, found[1].lower(), bool(found[2]), url[found.end() :], path)
     elif _BARE_BASE64.fullmatch(url):
@@ -96,10 +94,33 @@ def check_image_url(row: Row, url: str, path: Path) -> None:
     else:
         row.error(
             "invalid_media_url",
-            mark("line {line}, {field} is {found}; an image is written as data:image/...;base64"),
+            mark("line {line}, {field} is {found}; an image is written as https://... or data:image/...;base64"),
             path,
             found=shown(url),
         )
+
+
+def is_remote(url: str) -> bool:
+    """Whether an image is given by a web address."""
+    return url[:200].lstrip().lower().startswith(("http:", "https:"))
+
+
+def inline_bytes(url: str) -> bytes:
+    """The bytes of a data URI or of bare base64 that passed the check. Raises ValueError for anything else."""
+    found = _DATA_URL.match(url, len(url) - len(url.lstrip()))
+    return base64.b64decode("".join((url[found.end() :] if found else url).split()), validate=True)
+
+
+def _check_address(row: Row, url: str, path: Path) -> None:
+    try:
+        egress.check_url(url)
+    except InvalidRequest as error:
+        if error.code == "url_not_allowed":
+            sentence = mark("line {line}, {field} may not be fetched: only public hosts on the ports 80 and 443 may")
+            row.error("url_not_allowed", sentence, path)
+        else:
+            sentence = mark("line {line}, {field} is {found}, not one plain http or https address")
+            row.error("invalid_media_url", sentence, path, found=shown(url))
 
 
 def _check_data(row: Row, media_type: str | None, is_base64: bool, body: str, path: Path) -> None:
@@ -109,7 +130,7 @@ def _check_data(row: Row, media_type: str | None, is_base64: bool, body: str, pa
             mark("line {line}, {field} has type {found}; allowed as base64: {allowed}"),
             path,
             found=shown(media_type),
-            allowed="image/jpeg, image/png, image/webp, image/gif, image/bmp",
+            allowed="image/jpeg, image/png, image/webp",
         )
         return
     if len(body) * 3 // 4 > MAX_IMAGE_BYTES:
@@ -126,7 +147,7 @@ def _check_data(row: Row, media_type: str | None, is_base64: bool, body: str, pa
         row.error("invalid_image", mark("line {line}, {field} is not valid base64"), path)
         return
     if not image.startswith(_MAGIC) and not (image[:4] == b"RIFF" and image[8:12] == b"WEBP"):
-        row.error("invalid_image", mark("line {line}, {field} holds no JPEG, PNG, WebP, GIF or BMP image"), path)
+        row.error("invalid_image", mark("line {line}, {field} holds no JPEG, PNG or WebP image"), path)
 
 
 def check_count(row: Row, messages: list[dict[str, Any]]) -> None:

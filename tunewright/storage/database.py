@@ -23,6 +23,7 @@ from tunewright.storage import schema
 from tunewright.storage.accounts import Idempotency, Keys, Projects
 from tunewright.storage.datasets import Files
 from tunewright.storage.failures import database_unavailable, driver_errors_translated
+from tunewright.storage.images import FileImages
 from tunewright.storage.jobs import Jobs
 from tunewright.storage.leases import Leases
 from tunewright.storage.models import Models
@@ -85,6 +86,7 @@ class Transaction:
         self.projects = Projects(connection)
         self.keys = Keys(connection)
         self.files = Files(connection)
+        self.images = FileImages(connection)
         self.jobs = Jobs(connection)
         self.models = Models(connection)
         self.idempotency = Idempotency(connection)
