@@ -5,16 +5,18 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from tests.unit.bad_rows import ASSISTANT, GOOD, USER, file
 from tunewright.accounts.idempotency import IdempotencyKey, from_headers
 from tunewright.accounts.records import Project
-from tunewright.datasets import uploads
+from tunewright.datasets import intake, uploads
 from tunewright.datasets.records import PURPOSES, File
+from tunewright.datasets.report import Patch, Problem, Report
 from tunewright.datasets.service import DatasetService, RowsRefused
 from tunewright.datasets.uploads import file_label
 from tunewright.errors import (
@@ -25,6 +27,7 @@ from tunewright.errors import (
     StorageFull,
     TooLarge,
     TunewrightError,
+    Unavailable,
 )
 from tunewright.jobs.records import Job
 from tunewright.settings import HomeFolder, Settings
@@ -349,3 +352,124 @@ def test_errors_cross_process_borders(shop: Shop) -> None:
     again = pickle.loads(pickle.dumps(caught.value))  # noqa: S301  # own bytes
     assert isinstance(again, RowsRefused)
     assert again.text("zh") == caught.value.text("zh")
+
+
+MANY_BAD = file(*[{"messages": [USER, {**ASSISTANT, "role": "human"}]}] * 150)
+
+
+def test_wrong_rows_are_kept_when_asked_to_with_every_problem(shop: Shop) -> None:
+    few = shop.upload(BAD, on_problems="keep")
+    assert (few.status, few.kind, few.rows, few.report["bad_rows"]) == ("error", "chat", 3, 2)
+    assert shop.files_on_disk() == [f"blobs/files/{PROJECT}/{few.id}"], "the record has room for all"
+    many = shop.upload(MANY_BAD, on_problems="keep")
+    assert f"blobs/reports/{PROJECT}/{many.id}.jsonl" in shop.files_on_disk()
+    for kept in (few, many):
+        found = list(shop.service.contents.problems(shop.service.get(PROJECT, kept.id)))
+        assert len(found) == kept.report["errors"] + kept.report["warnings"]
+    assert len(many.report["problems"]) == 100
+    shop.service.delete(PROJECT, many.id)
+    shop.service.delete(PROJECT, few.id)
+    assert shop.files_on_disk() == []
+
+
+@pytest.mark.parametrize("data", [b"", b"PAR1", b"\n\n"])
+def test_what_no_mend_of_rows_helps_is_refused_even_then(shop: Shop, data: bytes) -> None:
+    with pytest.raises(RowsRefused):
+        shop.upload(data, on_problems="keep")
+    assert (shop.files_on_disk(), shop.records()) == ([], [])
+
+
+def test_a_fault_of_the_file_that_has_a_mend_is_kept(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = Problem(code="not_jsonl", severity="error", message="x", patch=Patch(rewrite="one_row_per_line"))
+    other = Problem(code="too_few_examples", severity="error", message="x")
+    problems = [whole]
+    monkeypatch.setattr(
+        intake,
+        "check_in_child",
+        lambda *args, **kwargs: Report(errors=len(problems), file_errors=len(problems), problems=problems),
+    )
+    with pytest.raises(RowsRefused):
+        shop.upload()
+    assert shop.upload(on_problems="keep").status == "error"
+    problems.append(other)
+    with pytest.raises(RowsRefused):
+        shop.upload(on_problems="keep")
+
+
+def test_keeping_is_another_request_than_refusing(shop: Shop) -> None:
+    kept = shop.upload(idempotency=key(), on_problems="keep")
+    assert shop.upload(idempotency=key(), on_problems="keep") == kept
+    for parent_id, on_problems in ((None, "refuse"), (kept.id, "keep")):
+        with pytest.raises(IdempotencyMismatch):
+            shop.upload(idempotency=key(), parent_id=parent_id, on_problems=on_problems)
+
+
+def test_a_new_version_names_its_parent(shop: Shop) -> None:
+    first = shop.upload()
+    second = shop.upload(file(GOOD, GOOD), parent_id=first.id)
+    assert (second.parent_id, second.version, second.origin) == (first.id, 2, {"made_by": "upload"})
+    batch = shop.upload(b"{}\n", purpose="batch")
+    for parent_id in ("file-x", batch.id):
+        with pytest.raises(NotFound) as caught:
+            shop.upload(parent_id=parent_id)
+        assert caught.value.param == "parent_id"
+
+
+def test_sweep_removes_the_reports_of_files_that_never_were(shop: Shop) -> None:
+    kept = shop.upload(MANY_BAD, on_problems="keep")
+    before = shop.files_on_disk()
+    for number, file_id in enumerate(("file-1", kept.id)):
+        note = {"project_id": PROJECT, "file_id": file_id}
+        (shop.home.temporary / f"claim-{file_id}.json").write_text(json.dumps(note))
+        if number == 0:
+            orphan = shop.home.temporary / "orphan"
+            orphan.write_bytes(b"problems without a record")
+            shop.blobs.put_file(f"reports/{PROJECT}/{file_id}.jsonl", orphan)
+    (shop.home.temporary / ".upload-x.part.17.tmp").write_bytes(b"{")
+    shop.service.sweep()
+    assert shop.files_on_disk() == before
+
+
+@pytest.mark.parametrize("fault", ["database", "child", "watch"])
+def test_a_kept_file_that_fails_on_its_way_leaves_nothing(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    def broken(*_args: object, **_kwargs: object) -> None:
+        raise ChildProcessError if fault == "child" else OSError(errno.EIO, "broken")
+
+    def watched(*_args: object, progress: Callable[[int, int], None], **_kwargs: object) -> None:
+        progress(1, 2)
+
+    upload = shop.service.begin_upload(PROJECT)
+    upload.write(MANY_BAD)
+    if fault == "database":
+        monkeypatch.setattr(shop.storage, "write", broken)
+    else:
+        monkeypatch.setattr(intake, "check_in_child", broken if fault == "child" else watched)
+    with pytest.raises(Unavailable if fault == "child" else OSError):
+        upload.finish("a.jsonl", "fine-tune", on_problems="keep", watch=broken)
+    assert shop.files_on_disk() == []
+
+
+def test_splits_and_their_halves(shop: Shop) -> None:
+    rows = [{"messages": [{"role": "user", "content": f"q{i}"}, ASSISTANT]} for i in range(60)]
+    parent = shop.upload(file(*rows))
+    before = shop.files_on_disk()
+    made = shop.service.versions.split(parent, 0.3, 1, idempotency=key())
+    assert shop.service.versions.split(parent, 0.3, 1, idempotency=key()) == made
+    halves = [b"".join(shop.service.content(PROJECT, half.id)[1]).splitlines() for half in made]
+    assert sorted(halves[0] + halves[1]) == sorted(file(*rows).splitlines())
+    assert [half.rows for half in made] == [len(half) for half in halves]
+    assert [half.status for half in made] == ["processed", "processed"]
+    assert len(shop.files_on_disk()) == len(before) + 2
+    shop.service.delete(PROJECT, made.validation.id)
+    with pytest.raises(NotFound):
+        shop.service.versions.split(parent, 0.3, 1, idempotency=key())
+
+
+def test_only_a_finished_file_is_made_into_another(shop: Shop) -> None:
+    waiting = msgspec.structs.replace(shop.upload(), status="processing")
+    with pytest.raises(Conflict) as caught:
+        shop.service.versions.split(waiting, 0.3, 1)
+    assert caught.value.code == "file_not_ready"
+    assert len(shop.files_on_disk()) == 1
