@@ -45,7 +45,7 @@ def _proven(data: bytes, value: Any, max_depth: int) -> bool:
         return False
     encoded = msgspec.json.encode(value)
     if b"\\u00" in data:  # NUL, or an escaped quote that upsets the count below
-        if b"\\u0000" in data or _count_quotes(data) != _count_quotes(encoded):
+        if b"\\u0000" in data or count_quotes(data) != count_quotes(encoded):
             return False
     elif data.count(b'"') != encoded.count(b'"'):  # a repeated key was dropped, and its quotes with it
         return False
@@ -79,7 +79,7 @@ def _without_escapes(data: bytes) -> bytes:
     return data.replace(b"\\\\", b"").replace(b'\\"', b"")
 
 
-def _count_quotes(data: bytes) -> int:
+def count_quotes(data: bytes) -> int:
     """Quotes that open or close a string (not those inside one)."""
     if b"\\\\" in data:
         data = data.replace(b"\\\\", b"")

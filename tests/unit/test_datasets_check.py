@@ -28,7 +28,7 @@ from tests.unit.bad_rows import (
     reply,
 )
 from tests.unit.bad_rows import line as one_line
-from tunewright.datasets import check as check_module
+from tunewright.datasets import scan
 from tunewright.datasets.check import check
 from tunewright.datasets.report import MAX_PROBLEMS, Report
 
@@ -139,7 +139,7 @@ def test_minimum_of_rows_is_a_setting(tmp_path: Path) -> None:
 def test_a_file_of_too_many_lines_is_refused_at_the_first_too_many(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(check_module, "MAX_ROWS", 3)
+    monkeypatch.setattr(scan, "MAX_ROWS", 3)
     report = checked(tmp_path, file(*[GOOD] * 9))
     assert report.counts["too_many_examples"] == 1 and report.rows == 3
     assert checked(tmp_path, file(*[GOOD] * 3)).ok
@@ -164,7 +164,7 @@ def test_errors_on_every_line_stay_few_and_are_all_counted(tmp_path: Path) -> No
 def test_many_kinds_of_warnings_leave_room_for_each_other(tmp_path: Path) -> None:
     report = checked(tmp_path, file(*[GOOD] * 50, {**GOOD, "x": 1}))
     assert report.counts["duplicate_row"] == 49
-    assert [p.code for p in report.problems] == ["duplicate_row"] * 10 + ["unknown_field", "few_rows"]
+    assert [p.code for p in report.problems] == ["duplicate_row"] * 10 + ["unknown_field", "duplicates", "few_rows"]
 
 
 _CHILD = """

@@ -1,229 +1,191 @@
 """The check of a data file: one pass, bounded memory, every problem counted, the first ones with their place.
 
-First what the file is as a whole (`sniff.py`), then line by line: bytes, JSON, shape, and the rules of the row's kind.
+First what the file is as a whole (`sniff.py`), then line by line (`scan.py`), at last what can be said only of all lines
+together: repeated and contradicting rows, too few of them, one-sided data.
 Nothing here needs a tokenizer: lengths in tokens are the business of the job that knows its base model.
 """
 
 import codecs
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any
 
-from tunewright import strict_json
-from tunewright.datasets import hints, messages, preferences
-from tunewright.datasets.lines import Line, read_lines
-from tunewright.datasets.messages import CHAT, FUNCTION, IMAGE_GENERATION, IMAGE_UNDERSTANDING
+from tunewright.datasets import fingerprints
+from tunewright.datasets.fingerprints import Again, Known
+from tunewright.datasets.messages import IMAGE_GENERATION, IMAGE_UNDERSTANDING
+from tunewright.datasets.parts import read_in_parts, run_in_child
 from tunewright.datasets.records import FINE_TUNE_PURPOSES
-from tunewright.datasets.report import Report, Reporter, Row, json_type
+from tunewright.datasets.report import Patch, Report, Reporter
+from tunewright.datasets.scan import Depth, Limits, Scan
 from tunewright.datasets.sniff import HEAD_BYTES, sniff
-from tunewright.errors import InvalidRequest
 from tunewright.i18n import mark
 
-MAX_ROWS = 5_000_000
-MAX_HASHES = 500_000
-"""Rows whose hash is kept to find duplicates: 64 bits each, about 40 MB."""
-ADVISED_ROWS = 100
-_BUFFER_BYTES = 1 << 18
+ADVISED_ROWS = 200
+"""The guide asks for some hundreds of rows at least."""
+CHILD_FROM_BYTES = 4 << 20
+PARTS_FROM_BYTES = 32 << 20
 
 _PURPOSE_KIND = {
     "fine-tune-vision-cogview": IMAGE_GENERATION,
     "fine-tune-vision-cogvlm": IMAGE_UNDERSTANDING,
 }
-_OTHER_STYLES = (
-    ({"prompt", "completion"}, "prompt / completion"),
-    ({"prompt", "response"}, "prompt / response"),
-    ({"instruction"}, "instruction / output (Alpaca)"),
-    ({"conversations"}, "conversations (ShareGPT)"),
-    ({"chosen", "rejected"}, "chosen / rejected (TRL)"),
-    ({"question", "answer"}, "question / answer"),
-    ({"text"}, "text"),
-)
+
+Progress = Callable[[int, int], None]
+"""Is told the bytes that are done and those of the whole file; may raise to end the check."""
 
 
-class Limits(Protocol):
-    """What the check reads of the settings."""
-
-    @property
-    def max_line_bytes(self) -> int: ...
-    @property
-    def min_training_rows(self) -> int: ...
-
-
-def check(path: Path, purpose: str, limits: Limits) -> Report:
-    """The report on the file at `path`, whatever bytes it holds. Raises only OSError, if the file can't be read.
+def check(
+    path: Path,
+    purpose: str,
+    limits: Limits,
+    *,
+    problems_to: Path | None = None,
+    statistics: bool = True,
+    semantic: bool = True,
+    against: Path | None = None,
+    processes: int = 1,
+    progress: Progress | None = None,
+) -> Report:
+    """The report on the file at `path`, whatever bytes it holds. Raises only OSError, if a file can't be read or written.
 
     For `batch` the lines need to be JSON objects; for the fine-tune purposes they must be rows to train on.
+
+    - `problems_to`: a file that gets every problem, as JSON, one per line (the first million)
+    - `semantic=False` looks at structure alone: neither at texts nor for repeated rows, and counts few things
+    - `against`: the training file of a validation file; rows of both are reported
+    - `processes`: of these a large file gets one for each stretch of it; the report is the same
+    - `progress`: called about every 8 MiB
     """
-    reporter = Reporter()
-    size = path.stat().st_size
-    with path.open("rb", buffering=_BUFFER_BYTES) as stream:
+    depth = Depth(texts=semantic, compare=semantic, statistics=statistics)
+    with Reporter(problems_to) as reporter, path.open("rb") as stream:
+        size = stream.seek(0, 2)
+        stream.seek(0)
         head = stream.read(HEAD_BYTES)
         verdict = sniff(head, whole=len(head) == size)
         if verdict is not None:
             reporter.add("error", verdict.code, verdict.message, **verdict.values)
             return reporter.report(None, 0, size)
-        stream.seek(0)
+        begin = 0
         if head.startswith(codecs.BOM_UTF8):
-            stream.seek(len(codecs.BOM_UTF8))
+            begin = len(codecs.BOM_UTF8)
             reporter.add(
                 "warning", "byte_order_mark", mark("The file begins with a byte order mark (BOM); it is dropped.")
             )
-        lines = _Lines(reporter, purpose, limits)
-        lines.read(stream)
-    lines.sum_up()
-    return reporter.report(lines.kind, lines.rows, size)
+        known = _known_rows(against, purpose, limits) if against is not None and depth.compare else None
+        scan = Scan(reporter, purpose, limits, depth)
+        told = None if progress is None else lambda done: progress(begin + done, size)
+        in_parts = processes > 1 and size >= PARTS_FROM_BYTES and purpose in FINE_TUNE_PURPOSES
+        if not (in_parts and read_in_parts(scan, path, purpose, begin, size, processes, told)):
+            stream.seek(begin)
+            scan.read(stream, size, told)
+        del head
+        _compare_rows(scan, begin, known)
+        _sum_up(scan, purpose)
+        report = reporter.report(scan.kind, scan.rows, size)
+    if statistics and scan.training:
+        report.statistics = scan.statistics.result()
+    return report
 
 
-class _Lines:
-    """The pass over the lines: what is counted, and which kind the rows agreed on."""
+def check_in_child(
+    path: Path,
+    purpose: str,
+    limits: Limits,
+    *,
+    problems_to: Path | None = None,
+    statistics: bool = True,
+    against: Path | None = None,
+    processes: int = 1,
+    progress: Progress | None = None,
+) -> Report:
+    """The same as `check`, but a file of more than a few MB is checked by a process of its own, which ends with this one.
 
-    def __init__(self, reporter: Reporter, purpose: str, limits: Limits) -> None:
-        self.reporter = reporter
-        self.purpose = purpose
-        self.training = purpose in FINE_TUNE_PURPOSES
-        self.limits = limits
-        self.kind: str | None = None
-        self.rows = 0
-        self._hashes: set[int] = set()
-
-    def read(self, stream: BinaryIO) -> None:
-        """Check every line."""
-        for line in read_lines(stream, self.limits.max_line_bytes):
-            if line.number > MAX_ROWS:
-                sentence = mark("The file has more than {limit} lines.")
-                self.reporter.add("error", "too_many_examples", sentence, limit=MAX_ROWS)
-                return
-            self._read_line(line)
-
-    def _read_line(self, line: Line) -> None:
-        row = Row(self.reporter, line.number, line.byte_offset)
-        data = line.data
-        if data is None:
-            self.rows += 1
-            sentence = mark("line {line} is longer than {limit} bytes")
-            row.error("line_too_long", sentence, (), limit=self.limits.max_line_bytes)
-            return
-        if data.endswith(b"\r"):
-            data = data[:-1]
-            row.warn("crlf", mark("line {line} ends in CR LF; LF alone is usual"), ())
-        if not data or data.isspace():
-            row.warn("blank_line", mark("line {line} is blank and is skipped"), ())
-            return
-        self.rows += 1
-        try:
-            value = strict_json.loads(data)
-        except InvalidRequest as error:
-            _report_json(row, data, error)
-            return
-        if not isinstance(value, dict):
-            sentence = mark("line {line} is of type {found}; an object {example} is expected")
-            row.error("line_not_object", sentence, (), found=json_type(value), example='{"messages": [...]}')
-        elif self.training:
-            self._check_row(row, data, value)
-
-    def _check_row(self, row: Row, data: bytes, value: dict[str, Any]) -> None:
-        self._note_duplicate(row, data)
-        if preferences.is_preference(value):
-            kind = preferences.PREFERENCE
-            preferences.check_row(row, value)
-        elif "messages" in value:
-            kind = messages.check_row(row, value)
-        else:
-            _report_other_style(row, value)
-            return
-        self._agree(row, kind)
-        hints.look(row, data, value)
-
-    def _note_duplicate(self, row: Row, data: bytes) -> None:
-        digest = hash(data)
-        if digest in self._hashes:
-            row.warn("duplicate_row", mark("line {line} repeats an earlier line"), ())
-        elif len(self._hashes) < MAX_HASHES:
-            self._hashes.add(digest)
-
-    def _agree(self, row: Row, kind: str) -> None:
-        """One file, one kind; rows without tools may stand among function rows, text rows among image questions."""
-        if self.kind is None or self.kind == kind:
-            self.kind = kind
-        elif {self.kind, kind} in ({CHAT, FUNCTION}, {CHAT, IMAGE_UNDERSTANDING}):
-            self.kind = kind if self.kind == CHAT else self.kind
-        else:
-            sentence = mark(
-                "line {line} is a row of kind {found}, the lines before are {expected}; use one file for each"
-            )
-            row.error("wrong_format", sentence, (), found=kind, expected=self.kind)
-
-    def sum_up(self) -> None:
-        """What can be said only after the last line."""
-        if self.rows == 0 and self.reporter.errors == 0:
-            self.reporter.add("error", "file_empty", mark("The file holds only blank lines."))
-            return
-        if not self.training:
-            return
-        needed = self.limits.min_training_rows
-        if self.rows < needed:
-            sentence = mark("The file has {found} rows; at least {needed} are needed.")
-            self.reporter.add("error", "too_few_examples", sentence, found=self.rows, needed=needed)
-        elif self.rows < ADVISED_ROWS:
-            sentence = mark("The file has {found} rows; good results usually need some hundreds.")
-            self.reporter.add("warning", "few_rows", sentence, found=self.rows)
-        wanted = _PURPOSE_KIND.get(self.purpose)
-        if wanted is not None and self.kind is not None and self.kind != wanted:
-            sentence = mark("The purpose {purpose} is for rows of kind {expected}; these are {found}.")
-            self.reporter.add(
-                "warning", "purpose_mismatch", sentence, purpose=self.purpose, expected=wanted, found=self.kind
-            )
+    A thread that checks would slow down every other thread of a server. Raises also `ChildProcessError` if the process died.
+    """
+    if path.stat().st_size < CHILD_FROM_BYTES and (against is None or against.stat().st_size < CHILD_FROM_BYTES):
+        return check(
+            path, purpose, limits, problems_to=problems_to, statistics=statistics, against=against, progress=progress
+        )
+    return run_in_child(path, purpose, limits, problems_to, statistics, against, processes, progress)
 
 
-# The same codes as for a request body, but in sentences that name the line of the file.
-_JSON_SENTENCES = {
-    "duplicate_key": mark('line {line}: the key "{key}" appears more than once in one object'),
-    "invalid_number": mark("line {line}: {number} is not a number that JSON and this server take"),
-    "nesting_too_deep": mark("line {line}: objects and lists are nested deeper than {limit} levels"),
-    "too_many_fields": mark("line {line}: an object has {found} keys; at most {limit} are allowed"),
-}
+def _known_rows(path: Path, purpose: str, limits: Limits) -> Known:
+    """The rows of a training file, without a word on what is wrong with it."""
+    scan = Scan(Reporter(), purpose, limits, Depth(texts=False, statistics=False))
+    with path.open("rb") as stream:
+        if stream.read(len(codecs.BOM_UTF8)) != codecs.BOM_UTF8:
+            stream.seek(0)
+        scan.read(stream, path.stat().st_size)
+    return Known(scan.fingerprints)
 
 
-def _report_json(row: Row, data: bytes, error: InvalidRequest) -> None:
-    values: dict[str, Any] = {name: value for name, value in error.values.items() if name not in ("line", "offset")}
-    offset = row.byte_offset + _number(error.values.get("offset"))
-    if values.get("reason") == "not_utf8":
-        if _looks_like_gb18030(data):
-            sentence = mark(
-                "line {line}, byte {offset} of the file is not UTF-8; it looks like {encoding}: save as UTF-8"
-            )
-            values["encoding"] = "GB18030 (GBK)"
-        else:
-            sentence = mark("line {line}, byte {offset} of the file is not UTF-8")
-        code = "invalid_encoding"
-        values["offset"] = offset
-    else:
-        code = error.code
-        sentence = _JSON_SENTENCES.get(code, error.message)
-    row.reporter.add("error", code, sentence, line=row.line, byte_offset=offset, **values)
-
-
-def _number(value: object) -> int:
-    return value if isinstance(value, int) else 0
-
-
-def _looks_like_gb18030(data: bytes) -> bool:
-    """Decodes as GB18030, and into common Chinese characters rather than chance hits."""
-    try:
-        text = data[:65536].decode("gb18030", errors="strict" if len(data) <= 65536 else "ignore")
-    except UnicodeDecodeError:
-        return False
-    beyond_ascii = [c for c in text if c > "\x7f"]
-    common = sum(
-        "\u4e00" <= c <= "\u9fa5" or "\u3000" <= c <= "\u303f" or "\uff00" <= c <= "\uff5e" for c in beyond_ascii
+def _compare_rows(scan: Scan, begin: int, known: Known | None) -> None:
+    """Report rows that stand in the file more than once, contradict each other, or stand in the training file."""
+    found = scan.fingerprints
+    repeated = _report(
+        scan,
+        begin,
+        fingerprints.duplicates(found),
+        "duplicate_row",
+        mark("line {line} repeats line {first}"),
+        patch=Patch(drop=True),
     )
-    return common * 10 >= len(beyond_ascii) * 9
+    if repeated * 2 > scan.rows:
+        sentence = mark(
+            "{found} of {rows} rows repeat an earlier one; repeated rows teach little and are soon overfitted."
+        )
+        scan.reporter.add("warning", "duplicates", sentence, found=repeated, rows=scan.rows)
+    sentence = mark("line {line} has the same prompt as line {first} and another answer")
+    _report(scan, begin, fingerprints.contradictions(found), "contradicting_row", sentence)
+    if known is None:
+        return
+    sentence = mark("line {line} also stands in the training file, so it can't show what was learned")
+    leaked = _report(scan, begin, known.common(found), "validation_leak", sentence, patch=Patch(drop=True))
+    if leaked:
+        sentence = mark("{found} of {rows} rows also stand in the training file.")
+        scan.reporter.add("warning", "validation_overlap", sentence, found=leaked, rows=scan.rows)
 
 
-def _report_other_style(row: Row, value: dict[str, Any]) -> None:
-    """Neither `messages` nor a preference: say which other style it looks like, if one."""
-    for keys, style in _OTHER_STYLES:
-        if keys <= value.keys():
-            sentence = mark("line {line} is written in the style {style}; expected: {example}")
-            row.error("wrong_format", sentence, (), style=style, example='{"messages": [...]}')
-            return
-    row.missing(("messages",))
+def _report(scan: Scan, begin: int, rows: Iterable[Again], code: str, sentence: str, patch: Patch | None = None) -> int:
+    """Warn of each row; the answer is how many they are."""
+    count = 0
+    for row, offset in fingerprints.with_offsets(scan.fingerprints, begin, rows):
+        count += 1
+        values: dict[str, Any] = {} if row.first == row.line_index else {"first": row.first + 1}
+        scan.reporter.add(
+            "warning", code, sentence, line=row.line_index + 1, byte_offset=offset, path=(), patch=patch, **values
+        )
+    return count
+
+
+def _sum_up(scan: Scan, purpose: str) -> None:
+    """What can be said only after the last line."""
+    reporter = scan.reporter
+    if scan.rows == 0 and reporter.errors == 0:
+        reporter.add("error", "file_empty", mark("The file holds only blank lines."))
+        return
+    if not scan.training:
+        return
+    needed = scan.limits.min_training_rows
+    if scan.rows < needed:
+        sentence = mark("The file has {found} rows; at least {needed} are needed.")
+        reporter.add("error", "too_few_examples", sentence, found=scan.rows, needed=needed)
+    elif scan.rows < ADVISED_ROWS:
+        sentence = mark("The file has {found} rows; good results usually need some hundreds.")
+        reporter.add("warning", "few_rows", sentence, found=scan.rows)
+    else:
+        _advise_balance(scan)
+    wanted = _PURPOSE_KIND.get(purpose)
+    if wanted is not None and scan.kind is not None and scan.kind != wanted:
+        sentence = mark("The purpose {purpose} is for rows of kind {expected}; these are {found}.")
+        reporter.add("warning", "purpose_mismatch", sentence, purpose=purpose, expected=wanted, found=scan.kind)
+
+
+def _advise_balance(scan: Scan) -> None:
+    if not (scan.depth.statistics and scan.depth.compare):
+        return
+    for group, share in scan.statistics.rare_groups():
+        sentence = mark(
+            "Only {percent} % of the rows are of the group {group}; so few are hardly learned beside the others."
+        )
+        scan.reporter.add("warning", "unbalanced_mix", sentence, percent=round(100 * share, 2), group=group)

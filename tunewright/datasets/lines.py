@@ -4,6 +4,8 @@ from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple
 
 _SKIP_BYTES = 1 << 20
+BLOCK_BYTES = 1 << 16
+"""Small enough that a block and what is made of it stay in the processor's cache: larger blocks decode slower."""
 
 
 class Line(NamedTuple):
@@ -15,6 +17,17 @@ class Line(NamedTuple):
     number: int
     byte_offset: int
     data: bytes | None
+
+
+class Block(NamedTuple):
+    """Whole lines, one after another, each with its newline (the last line of a file may lack it).
+
+    `data` is None for a single line longer than the limit. `size` counts its bytes.
+    """
+
+    byte_offset: int
+    data: bytes | None
+    size: int
 
 
 def read_lines(stream: BinaryIO, max_line_bytes: int) -> Iterator[Line]:
@@ -29,7 +42,54 @@ def read_lines(stream: BinaryIO, max_line_bytes: int) -> Iterator[Line]:
         if len(data) - ended <= max_line_bytes:
             yield Line(number, start, data[:-1] if ended else data)
             continue
-        while not ended and (more := stream.readline(_SKIP_BYTES)):
-            offset += len(more)
-            ended = more.endswith(b"\n")
+        offset += _skip_line(stream, ended)
         yield Line(number, start, None)
+
+
+def read_blocks(stream: BinaryIO, end: int, max_line_bytes: int) -> Iterator[Block]:
+    """The bytes from where `stream` stands up to `end` (the end of a line or of the file), in blocks of whole lines.
+
+    Never holds more than a block and `max_line_bytes` of one line. Lines inside a block may be over the limit if that is
+    smaller than a block.
+    """
+    offset = stream.tell()
+    while offset < end and (data := stream.read(min(BLOCK_BYTES, end - offset))):
+        if not data.endswith(b"\n"):
+            data += stream.readline(max_line_bytes + 2)
+        last = data.rfind(b"\n", 0, -1) + 1
+        ended = data.endswith(b"\n")
+        if len(data) - ended - last <= max_line_bytes:
+            yield Block(offset, data, len(data))
+            offset += len(data)
+            continue
+        if last:
+            yield Block(offset, data[:last], last)
+        skipped = _skip_line(stream, ended)
+        yield Block(offset + last, None, len(data) - last + skipped)
+        offset += len(data) + skipped
+
+
+def _skip_line(stream: BinaryIO, ended: bool) -> int:
+    """Go to the end of the line in which `stream` stands; the answer is how many bytes that took."""
+    skipped = 0
+    while not ended and (more := stream.readline(_SKIP_BYTES)):
+        skipped += len(more)
+        ended = more.endswith(b"\n")
+    return skipped
+
+
+def line_starts(stream: BinaryIO, begin: int, end: int, parts: int) -> list[int]:
+    """Where to cut the bytes from `begin` to `end` into at most `parts` stretches of whole lines, about equally long.
+
+    The answer begins with `begin` and ends with `end`.
+    """
+    cuts = [begin]
+    for i in range(1, parts):
+        target = begin + (end - begin) * i // parts
+        if target <= cuts[-1]:
+            continue
+        stream.seek(target - 1)
+        cut = target - 1 + _skip_line(stream, ended=False)
+        if cuts[-1] < cut < end:
+            cuts.append(cut)
+    return [*cuts, end]

@@ -3,7 +3,9 @@
 However many problems a file has, a report stays small: the first 100 are kept with their place, all are counted.
 """
 
-from typing import Any, Literal
+from pathlib import Path as FilePath
+from types import TracebackType
+from typing import Any, BinaryIO, Literal, Self
 
 import msgspec
 
@@ -12,6 +14,8 @@ from tunewright.i18n import mark, translate
 
 MAX_PROBLEMS = 100
 MAX_WARNINGS_PER_CODE = 10
+MAX_WRITTEN = 1_000_000
+"""Problems that a file of all problems holds at most."""
 
 Path = tuple[str | int, ...]
 """Where in a row: `("messages", 2, "role")`."""
@@ -60,6 +64,13 @@ class Problem(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         """The sentence in 'en' or 'zh'."""
         return translate(self.message, language, **self.values)
 
+    def moved(self, lines: int) -> "Problem":
+        """The same, `lines` lines further down."""
+        if not lines or self.line is None:
+            return self
+        line = self.line + lines
+        return msgspec.structs.replace(self, line=line, values={**self.values, "line": line})
+
 
 class Report(msgspec.Struct, kw_only=True):
     """The result of a check. `problems` holds the first errors, then the first warnings; `counts` covers all of both.
@@ -88,19 +99,59 @@ class Report(msgspec.Struct, kw_only=True):
         return self.errors == 0
 
 
-class Reporter:
-    """Collects problems in bounded memory."""
+class Tally(msgspec.Struct, kw_only=True):
+    """What a `Reporter` has collected, as plain values: so one process can tell another."""
 
-    def __init__(self) -> None:
-        self.errors = 0
-        self.warnings = 0
-        self.bad_rows = 0
-        self.file_errors = 0
-        self.counts: dict[str, int] = {}
-        self.patchable: dict[str, int] = {}
+    errors: int = 0
+    warnings: int = 0
+    bad_rows: int = 0
+    file_errors: int = 0
+    counts: dict[str, int] = {}
+    patchable: dict[str, int] = {}
+    first_errors: list[Problem] = []
+    first_warnings: list[Problem] = []
+    firsts: dict[str, Problem] = {}
+    written: int = 0
+    truncated: bool = False
+
+
+class Reporter:
+    """Collects problems in bounded memory. A context manager if it writes: leaving it closes the file."""
+
+    def __init__(self, problems_to: FilePath | None = None) -> None:
+        """`problems_to`: a new file that gets every problem, one `Problem` as JSON per line, up to `MAX_WRITTEN`."""
+        self.tally = Tally()
         self._bad_line: int | None = None
-        self._kept: dict[str, list[Problem]] = {"error": [], "warning": []}
-        self._firsts: dict[str, Problem] = {}
+        self._stream: BinaryIO | None = None if problems_to is None else problems_to.open("wb", buffering=1 << 18)
+
+    @property
+    def writes(self) -> bool:
+        """Whether every problem goes to a file."""
+        return self._stream is not None
+
+    @property
+    def errors(self) -> int:
+        """Errors so far."""
+        return self.tally.errors
+
+    @property
+    def warnings(self) -> int:
+        """Warnings so far."""
+        return self.tally.warnings
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How often each code occurred so far."""
+        return self.tally.counts
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._stream is not None:
+            self._stream.close()
 
     def add(
         self,
@@ -115,22 +166,14 @@ class Reporter:
         **values: object,
     ) -> None:
         """Count a problem, and keep it if it is among the first. `line` and `field` are filled into the sentence."""
-        found = self.counts.get(code, 0)
-        if patch is not None:
-            self.patchable[code] = self.patchable.get(code, 0) + 1
-        self.counts[code] = found + 1
         if severity == "error":
-            self.errors += 1
             if line is None:
-                self.file_errors += 1
+                self.tally.file_errors += 1
             elif line != self._bad_line:
-                self.bad_rows += 1
+                self.tally.bad_rows += 1
                 self._bad_line = line
-        else:
-            self.warnings += 1
-        kept = self._kept[severity]
-        full = len(kept) >= MAX_PROBLEMS or (severity == "warning" and found >= MAX_WARNINGS_PER_CODE)
-        if full and found:
+        full = self._count(severity, code, patch is not None)
+        if full and self._stream is None:
             return
         if line is not None:
             values["line"] = line
@@ -146,28 +189,94 @@ class Reporter:
             pointer=None if path is None else json_pointer(path),
             patch=patch,
         )
-        if not found:
-            self._firsts[code] = problem
+        self._write(problem)
         if not full:
+            self._keep(problem)
+
+    def _count(self, severity: str, code: str, patchable: bool) -> bool:
+        """Whether enough of this code are kept."""
+        tally = self.tally
+        found = tally.counts.get(code, 0)
+        tally.counts[code] = found + 1
+        if patchable:
+            tally.patchable[code] = tally.patchable.get(code, 0) + 1
+        if severity == "error":
+            tally.errors += 1
+            return found > 0 and len(tally.first_errors) >= MAX_PROBLEMS
+        tally.warnings += 1
+        return found > 0 and (found >= MAX_WARNINGS_PER_CODE or len(tally.first_warnings) >= MAX_PROBLEMS)
+
+    def _keep(self, problem: Problem) -> None:
+        tally = self.tally
+        tally.firsts.setdefault(problem.code, problem)
+        kept = tally.first_errors if problem.severity == "error" else tally.first_warnings
+        if len(kept) < MAX_PROBLEMS:
             kept.append(problem)
 
+    def _write(self, problem: Problem) -> None:
+        if self._stream is None:
+            return
+        if self.tally.written < MAX_WRITTEN:
+            self.tally.written += 1
+            self._stream.write(msgspec.json.encode(problem) + b"\n")
+        else:
+            self.tally.truncated = True
+
+    def absorb(self, other: Tally, written: FilePath | None, lines: int) -> None:
+        """Take over what was collected of the part of the file after `lines` lines; `written` are all its problems.
+
+        `other` counts its lines from 1 and is not to be used afterwards.
+        """
+        tally = self.tally
+        tally.bad_rows += other.bad_rows
+        tally.file_errors += other.file_errors
+        known = [*other.first_errors, *other.first_warnings]
+        codes = {problem.code for problem in known}
+        known += [problem for code, problem in other.firsts.items() if code not in codes]
+        for problem in known:
+            # Counted one by one, so that the caps hold for all parts together; those not known follow as numbers.
+            full = self._count(problem.severity, problem.code, problem.patch is not None)
+            if not full:
+                self._keep(problem.moved(lines))
+            other.counts[problem.code] -= 1
+            if problem.patch is not None:
+                other.patchable[problem.code] -= 1
+        for code, more in other.counts.items():
+            tally.counts[code] = tally.counts.get(code, 0) + more
+        for code, more in other.patchable.items():
+            tally.patchable[code] = tally.patchable.get(code, 0) + more
+        tally.errors += other.errors - sum(problem.severity == "error" for problem in known)
+        tally.warnings += other.warnings - sum(problem.severity == "warning" for problem in known)
+        tally.truncated |= other.truncated
+        if written is not None and self._stream is not None:
+            with written.open("rb") as stream:
+                for text in stream:
+                    self._write(_PROBLEM.decode(text).moved(lines))
+
     def report(self, kind: str | None, rows: int, size_bytes: int) -> Report:
-        """All that was collected."""
-        problems = [*self._kept["error"], *self._kept["warning"]][:MAX_PROBLEMS]
+        """All that was collected: first the errors, then the warnings, both by line."""
+        tally = self.tally
+        # The search for repeated rows comes after all lines, but its findings belong among the others.
+        warnings = sorted(tally.first_warnings, key=lambda problem: (problem.line is None, problem.line or 0))
+        problems = [*tally.first_errors, *warnings][:MAX_PROBLEMS]
         shown = {problem.code for problem in problems}
         return Report(
             kind=kind,
             rows=rows,
             size_bytes=size_bytes,
-            errors=self.errors,
-            warnings=self.warnings,
-            bad_rows=self.bad_rows,
-            file_errors=self.file_errors,
-            counts=dict(sorted(self.counts.items())),
-            patchable=dict(sorted(self.patchable.items())),
+            errors=tally.errors,
+            warnings=tally.warnings,
+            bad_rows=tally.bad_rows,
+            file_errors=tally.file_errors,
+            counts=dict(sorted(tally.counts.items())),
+            patchable=dict(sorted(tally.patchable.items())),
+            problems_truncated=tally.truncated,
             problems=problems,
-            firsts=[problem for code, problem in self._firsts.items() if code not in shown],
+            firsts=[problem for code, problem in tally.firsts.items() if code not in shown],
         )
+
+
+_PROBLEM = msgspec.json.Decoder(Problem)
 
 
 class Row:

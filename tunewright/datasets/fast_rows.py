@@ -1,0 +1,336 @@
+"""The happy path of the check: typed decoding of chat and function rows that are beyond doubt.
+
+An answer here means that `line_check.check_line` would find nothing to say (about bytes, JSON and rules; not about what texts
+hold). Every doubt goes there instead: it alone decides and complains. A property test compares the two.
+
+msgspec proves types, fields, UTF-8 and surrogates. What it does not prove is counted: a repeated key leaves more quotes in the
+bytes than the decoded row accounts for. Depth and keys are bounded by the types; numbers can only be weights.
+"""
+
+import itertools
+import operator
+from typing import Any, NamedTuple
+
+import msgspec
+from msgspec import UNSET, Raw, UnsetType
+
+from tunewright import strict_json
+from tunewright.datasets import tools
+from tunewright.datasets.messages import CHAT, FUNCTION
+from tunewright.datasets.report import Reporter, Row
+from tunewright.datasets.row_facts import MAX_MESSAGES, Facts, Shape, Texts, shape_of, tools_digest
+from tunewright.errors import InvalidRequest
+
+_MAX_KNOWN = 2000
+"""Orders of roles, and lists of tools, that are remembered; beyond that all are forgotten and learned again."""
+_MAX_TOOLS_BYTES = 1 << 16
+_OptionalText = str | None | UnsetType
+
+
+class _System(msgspec.Struct, tag_field="role", tag="system", forbid_unknown_fields=True, gc=False):
+    content: str
+
+
+class _User(msgspec.Struct, tag_field="role", tag="user", forbid_unknown_fields=True, gc=False):
+    content: str
+
+
+class _Assistant(msgspec.Struct, tag_field="role", tag="assistant", forbid_unknown_fields=True, gc=False):
+    content: str
+
+
+class _PlainRow(msgspec.Struct, forbid_unknown_fields=True, gc=False):
+    messages: list[_System | _User | _Assistant]
+
+
+class _Function(msgspec.Struct, forbid_unknown_fields=True, gc=False):
+    name: str
+    arguments: str
+
+
+class _Call(msgspec.Struct, forbid_unknown_fields=True, gc=False):
+    id: str
+    function: _Function
+    type: str | UnsetType = UNSET
+
+
+class _RichSystem(msgspec.Struct, tag_field="role", tag="system", forbid_unknown_fields=True, gc=False):
+    content: str
+    name: _OptionalText = UNSET
+
+
+class _RichUser(msgspec.Struct, tag_field="role", tag="user", forbid_unknown_fields=True, gc=False):
+    content: str
+    name: _OptionalText = UNSET
+
+
+class _RichAssistant(msgspec.Struct, tag_field="role", tag="assistant", forbid_unknown_fields=True, gc=False):
+    content: _OptionalText = UNSET
+    tool_calls: list[_Call] | UnsetType | None = UNSET
+    reasoning_content: _OptionalText = UNSET
+    weight: int | float | UnsetType | None = UNSET
+    name: _OptionalText = UNSET
+
+
+class _RichTool(msgspec.Struct, tag_field="role", tag="tool", forbid_unknown_fields=True, gc=False):
+    content: str
+    tool_call_id: _OptionalText = UNSET
+    name: _OptionalText = UNSET
+
+
+class _RichRow(msgspec.Struct, forbid_unknown_fields=True, gc=False):
+    messages: list[_RichSystem | _RichUser | _RichAssistant | _RichTool]
+    tools: Raw = Raw()
+    parallel_tool_calls: bool | UnsetType | None = UNSET
+
+
+_PLAIN = msgspec.json.Decoder(_PlainRow)
+_RICH = msgspec.json.Decoder(_RichRow)
+_REFUSED = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+_LETTERS = {_System: "s", _User: "u", _Assistant: "a"}
+_messages_of = operator.attrgetter("messages")
+_content_of = operator.attrgetter("content")
+_is_regular = operator.attrgetter("regular")
+_QUOTES_PER_MESSAGE = 8  # "role": "user", "content": "..."
+_QUOTES_PER_ROW = 2  # "messages"
+
+
+class PlainRows(NamedTuple):
+    """Rows of nothing but roles and contents, column by column. `contents` are those of all rows, one after another."""
+
+    shapes: list[Shape]
+    contents: list[str]
+
+
+def plain_rows(block: bytes, lines: int, quotes: int) -> PlainRows | None:
+    """The rows of a block of chat, or None if one of them is in doubt or not plain.
+
+    `lines` and `quotes` (those that open or close a text) were counted in the block's bytes; every newline in it, but for the
+    last byte, stands between "}" and "{", and it holds no escaped NUL.
+    """
+    try:
+        rows = _PLAIN.decode_lines(block)
+    except _REFUSED:
+        return None
+    # Between two rows there is one newline at most, since it has brackets on both sides: so each row is one line.
+    if len(rows) != lines:
+        return None
+    messages = list(map(_messages_of, rows))
+    shapes = [_plain_shape(tuple(map(type, each))) for each in messages]
+    contents = list(map(_content_of, itertools.chain.from_iterable(messages)))
+    if quotes != _QUOTES_PER_ROW * lines + _QUOTES_PER_MESSAGE * len(contents):
+        return None
+    if not all(contents) or any(map(str.isspace, contents)) or not all(map(_is_regular, shapes)):
+        return None
+    return PlainRows(shapes, contents)
+
+
+_plain_shapes: dict[tuple[type, ...], Shape] = {}
+
+
+def _plain_shape(types: tuple[type, ...]) -> Shape:
+    shape = _plain_shapes.get(types)
+    if shape is None:
+        shape = shape_of("".join(map(_LETTERS.__getitem__, types)))
+        if len(types) <= MAX_MESSAGES:
+            if len(_plain_shapes) >= _MAX_KNOWN:
+                _plain_shapes.clear()
+            _plain_shapes[types] = shape
+    return shape
+
+
+def rich_rows(block: bytes, lines: int, quotes: int) -> list[Facts | None] | None:
+    """Every row of a block, None for one in doubt; None at all if the block is. The arguments are those of `plain_rows`."""
+    try:
+        rows = _RICH.decode_lines(block)
+    except _REFUSED:
+        return None
+    if len(rows) != lines:
+        return None
+    found: list[Facts | None] = []
+    total = 0
+    for row in rows:
+        facts, expected = _read(row)
+        if expected < 0:
+            return None
+        found.append(facts)
+        total += expected
+    return found if quotes == total else None
+
+
+def one_row(line: bytes) -> Facts | None:
+    """The row of one line (without newline or CR), or None if it is in doubt."""
+    if b"\\u0000" in line:
+        return None
+    try:
+        row = _RICH.decode(line)
+    except _REFUSED:
+        return None
+    facts, expected = _read(row)
+    return facts if facts is not None and expected == strict_json.count_quotes(line) else None
+
+
+def _read(row: _RichRow) -> tuple[Facts | None, int]:
+    """(the facts, unless the row is in doubt; the quotes that it accounts for, or -1 if that can't be said)."""
+    known = _known_tools(row.tools)
+    if known is None:
+        return None, -1
+    reader = _Reader()
+    for message in row.messages:
+        if isinstance(message, _RichAssistant):
+            reader.read_answer(message)
+        else:
+            reader.read_other(message, type(message))
+    quotes = _QUOTES_PER_ROW + known.quotes + reader.quotes + 2 * (row.parallel_tool_calls is not UNSET)
+    function = reader.calling or bool(known.digest)
+    facts = reader.texts.facts(FUNCTION if function else CHAT, known.digest)
+    if reader.doubtful or not reader.teaches or not facts.shape.regular:
+        return None, quotes
+    if function and not _is_sound(reader.exchange, known.offered):
+        return None, quotes
+    return facts, quotes
+
+
+class _Reader:
+    """Goes over the messages of one row."""
+
+    __slots__ = ("calling", "doubtful", "exchange", "quotes", "teaches", "texts")
+
+    def __init__(self) -> None:
+        self.texts = Texts()
+        self.quotes = 0
+        self.calling = False
+        self.doubtful = False
+        self.teaches = False
+        self.exchange: list[dict[str, Any]] = []
+        """The messages as the rules of tools want them."""
+
+    def read_other(self, message: Any, kind: type) -> None:
+        """A message that is no answer."""
+        content: str = message.content
+        self.quotes += _QUOTES_PER_MESSAGE
+        if not content or content.isspace():
+            self.doubtful = True
+        if kind is _RichTool:
+            self.calling = True
+            identifier = message.tool_call_id
+            if identifier is UNSET:
+                self.doubtful = True
+            else:
+                self.quotes += _quotes_of(identifier)
+                self.exchange.append({"role": "tool", "tool_call_id": identifier})
+            self.texts.add_message("t", content)
+        else:
+            self.exchange.append(_OTHER_MESSAGE)
+            self.texts.add_message("u" if kind is _RichUser else "s", content)
+        if message.name is not UNSET:
+            self.quotes += _quotes_of(message.name)
+
+    def read_answer(self, message: _RichAssistant) -> None:
+        """An assistant's message."""
+        content, calls, reasoning, weight = (
+            message.content,
+            message.tool_calls,
+            message.reasoning_content,
+            message.weight,
+        )
+        self.quotes += 4 + (0 if content is UNSET else _quotes_of(content))
+        if calls is not UNSET:
+            self.quotes += 2
+        plain_calls: list[tuple[str, str]] = []
+        if calls:
+            self._read_calls(calls, plain_calls)
+            self.doubtful |= bool(content) and content.isspace()
+        else:
+            self.exchange.append(_OTHER_MESSAGE)
+            if not content or content.isspace():
+                self.doubtful = True
+        if reasoning is not UNSET:
+            self.quotes += _quotes_of(reasoning)
+        if weight is not UNSET:
+            self.quotes += 2
+            if weight is not None and (type(weight) is not int or weight not in (0, 1)):
+                self.doubtful = True
+        if message.name is not UNSET:
+            self.quotes += _quotes_of(message.name)
+        trained = weight != 0
+        self.teaches |= trained
+        self.texts.add_answer(
+            content or "", plain_calls, reasoning or None, trained=trained, weights=weight is not UNSET
+        )
+
+    def _read_calls(self, calls: list[_Call], plain_calls: list[tuple[str, str]]) -> None:
+        self.calling = True
+        told: list[dict[str, Any]] = []
+        for call in calls:
+            function = call.function
+            plain_calls.append((function.name, function.arguments))
+            as_dict: dict[str, Any] = {
+                "id": call.id,
+                "function": {"name": function.name, "arguments": function.arguments},
+            }
+            if call.type is UNSET:
+                self.quotes += 14
+            else:
+                self.quotes += 18
+                as_dict["type"] = call.type
+            told.append(as_dict)
+        self.exchange.append({"role": "assistant", "tool_calls": told})
+
+
+_OTHER_MESSAGE: dict[str, Any] = {"role": "user"}
+
+
+def _quotes_of(value: str | None) -> int:
+    """Of a key and its value."""
+    return 2 if value is None else 4
+
+
+class _Tools(NamedTuple):
+    """A row's `tools` that passed; `digest` is empty if there are none."""
+
+    digest: str
+    quotes: int
+    offered: tools.Offered
+
+
+_NO_TOOLS = _Tools("", 0, {})
+_known: dict[bytes, _Tools | None] = {}
+
+
+def _known_tools(raw: Raw) -> _Tools | None:
+    """None if there is something to say about them."""
+    data = bytes(raw)
+    if not data:
+        return _NO_TOOLS
+    if data in _known:
+        return _known[data]
+    learned = _learn_tools(data)
+    if len(data) <= _MAX_TOOLS_BYTES:
+        if len(_known) >= _MAX_KNOWN:
+            _known.clear()
+        _known[data] = learned
+    return learned
+
+
+def _learn_tools(data: bytes) -> _Tools | None:
+    try:
+        value = strict_json.loads(data, strict_json.MAX_DEPTH - 1)
+    except InvalidRequest:
+        return None
+    reporter = Reporter()
+    offered = tools.check_tools(Row(reporter, 1, 0), value, ("tools",))
+    if reporter.counts:
+        return None
+    return _Tools(tools_digest(value), 2 + strict_json.count_quotes(data), offered)
+
+
+def _is_sound(exchange: list[dict[str, Any]], offered: tools.Offered) -> bool:
+    """Whether the rules of tools find nothing in calls and replies."""
+    reporter = Reporter()
+    row = Row(reporter, 1, 0)
+    for message in exchange:
+        if "tool_calls" in message:
+            tools.check_calls(row, message, ("messages",))
+    tools.check_exchange(row, exchange, offered, ("messages",))
+    return not reporter.counts

@@ -1,0 +1,278 @@
+"""The pass over the lines of a data file or a stretch of it: a line that is beyond doubt is read fast, any other exactly."""
+
+from collections.abc import Callable
+from typing import BinaryIO, Protocol
+
+import msgspec
+
+from tunewright.datasets import block_marks, fast_rows, fingerprints, hints
+from tunewright.datasets.line_check import check_line, without_return
+from tunewright.datasets.lines import Block, read_blocks
+from tunewright.datasets.messages import CHAT, FUNCTION, IMAGE_UNDERSTANDING
+from tunewright.datasets.records import FINE_TUNE_PURPOSES
+from tunewright.datasets.report import Reporter, Row
+from tunewright.datasets.row_facts import Facts, facts_of
+from tunewright.datasets.statistics import Statistics
+from tunewright.i18n import mark
+
+MAX_ROWS = 5_000_000
+BLOCKS_FROM_BYTES = 4 << 20
+"""Smaller stretches are read line by line: decoding whole blocks needs numpy, which takes a while to load."""
+_PROGRESS_BYTES = 8 << 20
+_PLAIN_AGAIN = 16
+"""After a block that is not plain so many others are not tried as plain."""
+_GROUP_LINES = 8
+_MIXED = ({CHAT, FUNCTION}, {CHAT, IMAGE_UNDERSTANDING})
+
+Progress = Callable[[int], None]
+"""Is told how many bytes are done; may raise to end the pass."""
+
+
+class Limits(Protocol):
+    """What the check reads of the settings."""
+
+    @property
+    def max_line_bytes(self) -> int: ...
+    @property
+    def min_training_rows(self) -> int: ...
+
+
+class Depth(msgspec.Struct, frozen=True):
+    """How much is looked at. `texts`: what is odd in texts; `compare`: numbers to find repeated rows."""
+
+    texts: bool = True
+    compare: bool = True
+    statistics: bool = True
+
+
+def agreed_kind(before: str | None, kind: str) -> str | None:
+    """The kind of a file with rows of both kinds, or None if they can't stand in one file.
+
+    Rows without tools may stand among function rows, text rows among image questions.
+    """
+    if before is None or before == kind:
+        return kind
+    if {before, kind} in _MIXED:
+        return kind if before == CHAT else before
+    return None
+
+
+class Scan:
+    """What a pass collects: problems go to the reporter, the rest is here."""
+
+    def __init__(self, reporter: Reporter, purpose: str, limits: Limits, depth: Depth | None = None) -> None:
+        self.reporter = reporter
+        self.training = purpose in FINE_TUNE_PURPOSES
+        self.limits = limits
+        self.depth = depth = depth or Depth()
+        self.kind: str | None = None
+        self.mixed = False
+        """Whether rows stood side by side whose kinds do not go together."""
+        self.lines = 0
+        self.rows = 0
+        self.overfull = False
+        self.statistics = Statistics()
+        self.fingerprints = fingerprints.Fingerprints()
+        self._compare = depth.compare and self.training
+        self._not_plain = 0
+
+    def read(self, stream: BinaryIO, end: int, progress: Progress | None = None) -> None:
+        """Check every line from where `stream` stands to the byte `end`, the end of a line or of the file."""
+        begin = told = stream.tell()
+        in_blocks = self.training and end - begin >= BLOCKS_FROM_BYTES
+        for block in read_blocks(stream, end, self.limits.max_line_bytes):
+            self._read_block(block, in_blocks)
+            if self.overfull:
+                return
+            done = block.byte_offset + block.size
+            if progress is not None and done - told >= _PROGRESS_BYTES:
+                told = done
+                progress(done - begin)
+
+    def _read_block(self, block: Block, in_blocks: bool) -> None:
+        offset, data, size = block
+        if data is None:
+            self._read_long_line(offset, size)
+            return
+        if in_blocks and len(data) <= self.limits.max_line_bytes and self._read_whole(data, offset):
+            return
+        lines = data.split(b"\n")
+        if not lines[-1]:
+            lines.pop()
+        for line in lines:
+            if not self._room():
+                return
+            self._read_line(line, offset, None)
+            offset += len(line) + 1
+
+    def _room(self) -> bool:
+        """Count a line, if it is not one too many."""
+        if self.lines >= MAX_ROWS:
+            sentence = mark("The file has more than {limit} lines.")
+            self.reporter.add("error", "too_many_examples", sentence, limit=MAX_ROWS)
+            self.overfull = True
+            return False
+        self.lines += 1
+        return True
+
+    def _read_long_line(self, offset: int, size: int) -> None:
+        if self._room():
+            self.rows += 1
+            row = Row(self.reporter, self.lines, offset)
+            self._refuse_length(row)
+            self._note(0, 0, 0, size)
+
+    def _refuse_length(self, row: Row) -> None:
+        sentence = mark("line {line} is longer than {limit} bytes")
+        row.error("line_too_long", sentence, (), limit=self.limits.max_line_bytes)
+
+    # --- whole blocks ------------------------------------------------------------------------------------------------
+
+    def _read_whole(self, data: bytes, offset: int) -> bool:
+        """Read all lines of a block at once; False if it needs a look line by line."""
+        marks = block_marks.marks_of(data)
+        if marks is None or self.lines + len(marks.ends) > MAX_ROWS:
+            return False
+        if self._not_plain <= 0:
+            plain = fast_rows.plain_rows(data, len(marks.ends), marks.quotes)
+            if plain is not None and agreed_kind(self.kind, CHAT) and not self._look_needed(data):
+                self._take_plain(data, marks.ends, plain)
+                return True
+            if plain is None:
+                self._not_plain = _PLAIN_AGAIN
+        self._not_plain -= 1
+        found = fast_rows.rich_rows(data, len(marks.ends), marks.quotes)
+        if found is None:
+            return False
+        odd = self._odd_lines(data, marks.ends)
+        start = 0
+        for i, (end, facts) in enumerate(zip(marks.ends, found, strict=True)):
+            self.lines += 1
+            self._read_line(data[start:end], offset + start, None if i in odd else facts, doubted=True)
+            start = end + 1
+        return True
+
+    def _look_needed(self, data: bytes) -> bool:
+        return self.depth.texts and hints.may_need_look(data)
+
+    def _odd_lines(self, data: bytes, ends: list[int]) -> set[int]:
+        """Indices of the lines whose texts are worth a look: first the block is asked, then a few lines at a time."""
+        odd: set[int] = set()
+        if not self._look_needed(data):
+            return odd
+        starts = [0, *(end + 1 for end in ends)]
+        for first in range(0, len(ends), _GROUP_LINES):
+            last = min(first + _GROUP_LINES, len(ends)) - 1
+            if self._look_needed(data[starts[first] : ends[last]]):
+                odd.update(i for i in range(first, last + 1) if self._look_needed(data[starts[i] : ends[i]]))
+        return odd
+
+    def _take_plain(self, data: bytes, ends: list[int], plain: fast_rows.PlainRows) -> None:
+        shapes, contents = plain
+        self.lines += len(ends)
+        self.rows += len(ends)
+        self.kind = agreed_kind(self.kind, CHAT)
+        if not self._compare and not self.depth.statistics:
+            return
+        if not self._compare:
+            self.statistics.add_shapes(shapes, CHAT)
+            self.statistics.characters += sum(map(len, contents))
+            return
+        texts = []
+        at = 0
+        for shape in shapes:
+            texts.append(contents[at : at + shape.size])
+            at += shape.size
+        starts = [0, *(end + 1 for end in ends)]
+        keys = [fingerprints.row_key(data[start:end]) for start, end in zip(starts, ends, strict=False)]
+        self.fingerprints.add_plain(
+            keys, shapes, texts, [end + 1 - start for start, end in zip(starts, ends, strict=False)]
+        )
+        if not self.depth.statistics:
+            return
+        self.statistics.add_shapes(shapes, CHAT)
+        characters = [sum(map(len, each)) for each in texts]
+        self.statistics.characters += sum(characters)
+        trained = [
+            len(each[-1]) if shape.single else sum(len(each[i]) for i in shape.answers)
+            for shape, each in zip(shapes, texts, strict=True)
+        ]
+        self.statistics.add_lengths(
+            characters, trained, [end - start for start, end in zip(starts, ends, strict=False)]
+        )
+        limit = self.statistics.language_limit
+        for shape, each, key in zip(shapes, texts, keys, strict=True):
+            if shape.has_system:
+                self.statistics.add_system_prompt(fingerprints.row_key(each[0].encode()))
+            if key <= limit:
+                self.statistics.add_language(key, each)
+
+    # --- single lines ------------------------------------------------------------------------------------------------
+
+    def _read_line(self, data: bytes, offset: int, facts: Facts | None, *, doubted: bool = False) -> None:
+        """One line: `facts` if it was read already, `doubted` if only the exact check can help otherwise."""
+        row = Row(self.reporter, self.lines, offset)
+        length = len(data) + 1
+        if len(data) > self.limits.max_line_bytes:
+            self.rows += 1
+            self._refuse_length(row)
+            self._note(0, 0, 0, length)
+            return
+        errors = self.reporter.errors
+        sound = True
+        if facts is None and self.training and not doubted and not self._look_needed(data):
+            facts = fast_rows.one_row(data.removesuffix(b"\r"))
+            if facts is not None:
+                data = without_return(row, data)
+        if facts is None:
+            checked = check_line(row, data, training=self.training, texts=self.depth.texts)
+            data = data.removesuffix(b"\r")
+            if checked.blank:
+                self._note(0, 0, 0, length)
+                return
+            sound = checked.value is not None
+            if checked.kind is not None:
+                self._agree(row, checked.kind)
+                if self.reporter.errors == errors and checked.value is not None:
+                    facts = facts_of(checked.value, checked.kind)
+        else:
+            self._agree(row, facts.kind)
+        self.rows += 1
+        key = fingerprints.row_key(data) if self._compare and sound else 0
+        self._take(key, data, facts if self.reporter.errors == errors else None, length)
+
+    def _agree(self, row: Row, kind: str) -> None:
+        """One file, one kind."""
+        agreed = agreed_kind(self.kind, kind)
+        if agreed is None:
+            self.mixed = True
+            sentence = mark(
+                "line {line} is a row of kind {found}, the lines before are {expected}; use one file for each"
+            )
+            row.error("wrong_format", sentence, (), found=kind, expected=self.kind)
+        else:
+            self.kind = agreed
+
+    def _take(self, key: int, data: bytes, facts: Facts | None, length: int) -> None:
+        """Count and compare a row; `facts` are None if it has errors, `key` is 0 if it is no object."""
+        if facts is None:
+            self._note(key, 0, 0, length)
+            return
+        if self._compare:
+            self._note(key, *fingerprints.keys_of(facts), length)
+        if not self.depth.statistics:
+            return
+        statistics = self.statistics
+        statistics.add(facts)
+        characters = sum(facts.sizes) + facts.more
+        statistics.characters += characters
+        if self._compare:
+            statistics.add_lengths([characters], [facts.trained], [len(data)])
+            if facts.shape.has_system:
+                statistics.add_system_prompt(fingerprints.row_key(facts.texts[0].encode()))
+            if key <= statistics.language_limit:
+                statistics.add_language(key, [*facts.texts, facts.answer] if facts.pair else facts.texts)
+
+    def _note(self, row: int, prompt: int, answer: int, length: int) -> None:
+        if self._compare:
+            self.fingerprints.add(row, prompt, answer, length)
