@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 log = structlog.get_logger()
 
 PREFIX = "count-"
+COMMAND = ("-m", "tunewright.datasets.token_counts")
 ABANDONED_S = 60.0
 _POLL_S = 0.1
 _CHUNK_BYTES = 1 << 20
@@ -189,7 +190,7 @@ class TokenService:
     def _run_child(self, count: Count, folder: Path) -> None:
         with (folder / "log").open("wb") as output:
             child = subprocess.Popen(
-                [sys.executable, "-P", "-m", "tunewright.datasets.token_counts", str(folder)],
+                [sys.executable, "-P", *COMMAND, str(folder)],
                 stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=output,
