@@ -4,27 +4,25 @@ Exit codes: 0 fine, 1 the data has errors, 2 the command was not meant like that
 machine lacks something. Whatever a file holds reaches the terminal as plain text: no markup, no control characters.
 """
 
-import inspect
+import codecs
 import json
 import os
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, NoReturn
 
 import typer
 from pydantic import ValidationError
 
+from tunewright.datasets import terminal
 from tunewright.datasets.records import PURPOSES
-from tunewright.errors import Misconfigured, TunewrightError, quote
+from tunewright.errors import InvalidRequest, Misconfigured, TunewrightError, quote
 from tunewright.i18n import mark, translate
-from tunewright.settings import Settings
+from tunewright.settings import HomeFolder, Settings
 
 if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.table import Table
-
     from tunewright.datasets.convert import Converted
     from tunewright.datasets.report import Report
 
@@ -35,13 +33,14 @@ _BAR_FROM_BYTES = 8 * 2**20
 """Smaller files are done before anybody would look at a progress bar."""
 _MANY_BYTES = 16 * 2**20
 """Smaller files are checked by one process: starting others takes longer."""
-_LINES_SHOWN = 6
 
 app = typer.Typer(no_args_is_help=True, help="Data files: check, mend, convert, split.")
 
 Source = Annotated[Path, typer.Argument(help="The data file", show_default=False)]
 Target = Annotated[Path, typer.Option("--output", "-o", help="The file to write", show_default=False)]
 Force = Annotated[bool, typer.Option("--force", help="Replace the file to write if it exists")]
+Home = Annotated[Path | None, typer.Option("--home", help="Folder with the base models [default: ~/.tunewright]")]
+Length = Annotated[int | None, typer.Option(min=16, help="Tokens a row may have [default: as a job would choose]")]
 Purpose = Annotated[str, typer.Option(help="What the file is for")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object")]
 Language = Annotated[
@@ -57,6 +56,9 @@ def validate(
         Path | None, typer.Option(help="The training file, if FILE is for validation: finds rows that are in both")
     ] = None,
     problems: Annotated[Path | None, typer.Option(help="Write every problem to this .jsonl or .csv file")] = None,
+    model: Annotated[str | None, typer.Option(help="Also count tokens, with this base model")] = None,
+    max_length: Length = None,
+    home: Home = None,
     force: Force = False,
     as_json: AsJson = False,
     language: Language = None,
@@ -64,19 +66,22 @@ def validate(
     """Check a data file: what it holds, what is wrong in it and where, and what can be mended."""
     from tunewright.datasets.presentation import dataset_object
 
-    with _explained(language) as settings:
+    with _explained(language, home) as settings:
         tongue = language or settings.language
         _check_purpose(purpose)
         for path in (file, against):
             _check_source(path)
+        base = _base(settings, model) if model is not None else None
         if problems is not None:
             _check_target(problems, force, file, against)
         report = _checked(file, purpose, settings, tongue, against, problems)
+        if base is not None and not report.file_errors and report.rows > report.bad_rows:
+            _count_tokens(report, file, base, _length(base, max_length), settings, tongue)
         shown = dataset_object(report, filename=file.name, purpose=purpose, language=tongue)
         if as_json:
             typer.echo(json.dumps(shown, ensure_ascii=False, indent=2))
         else:
-            _print_report(_console(), file, shown, report, tongue)
+            terminal.print_report(terminal.console(), file, shown, report, tongue)
     if not report.ok:
         raise typer.Exit(EXIT_DATA)
 
@@ -137,7 +142,7 @@ def convert(
         if as_json:
             typer.echo(json.dumps(_converted_object(converted, tongue), ensure_ascii=False, indent=2))
         else:
-            _print_converted(_console(), output, converted, tongue)
+            terminal.print_converted(terminal.console(), output, converted, tongue)
     if (converted.skipped and not skip_bad) or not converted.written:
         raise typer.Exit(EXIT_DATA)
 
@@ -168,9 +173,38 @@ def split(
         if as_json:
             typer.echo(json.dumps(sides._asdict()))
             return
-        console = _console()
+        console = terminal.console()
         for rows, path in ((sides.train, output), (sides.validation, validation_out)):
-            _say(console, "✓", "green", mark("Wrote {path}, rows: {rows}"), tongue, rows=f"{rows:,}", path=path)
+            terminal.say(console, "✓", "green", mark("Wrote {path}, rows: {rows}"), tongue, rows=f"{rows:,}", path=path)
+
+
+@app.command()
+def preview(
+    file: Source,
+    model: Annotated[str, typer.Option(help="The base model", show_default=False)],
+    line: Annotated[int, typer.Option(min=1, help="The row's line in the file")] = 1,
+    max_length: Length = None,
+    home: Home = None,
+    as_json: AsJson = False,
+    language: Language = None,
+) -> None:
+    """Show the tokens of one row as the trainer sees them: which are trained, and which are cut off."""
+    import msgspec
+
+    from tunewright.datasets.preview import preview as preview_row
+    from tunewright.rendering.renderer import renderer_of
+
+    with _explained(language, home) as settings:
+        tongue = language or settings.language
+        _check_source(file)
+        base = _base(settings, model)
+        data = _row_at(file, line, settings.max_line_bytes)
+        examples = preview_row(data, line, renderer_of(base.path), _length(base, max_length))
+        if as_json:
+            shown = {"line": line, "model": base.code, "examples": msgspec.to_builtins(examples)}
+            typer.echo(json.dumps(shown, ensure_ascii=False, indent=2))
+        else:
+            terminal.print_preview(terminal.console(), examples, tongue)
 
 
 # the parts of the commands
@@ -183,23 +217,95 @@ def _checked(
     from tunewright.datasets.check import check
 
     processes = (os.cpu_count() or 1) if file.stat().st_size > _MANY_BYTES else 1
-    options: dict[str, Any] = {"against": against, "processes": processes}
-    with _bar(file, mark("Checking"), language) as progress:
-        options["progress"] = progress
-        if "problems_to" not in inspect.signature(check).parameters:
-            options = {}
-        if problems is None:
-            return check(file, purpose, settings, **options)
-        with tempfile.TemporaryDirectory(prefix="tunewright-") as folder:
-            listed = Path(folder) / "problems.jsonl"
-            listed.touch()
-            report = check(file, purpose, settings, **options, **({"problems_to": listed} if options else {}))
-            if not options:
-                import msgspec
-
-                listed.write_bytes(b"".join(msgspec.json.encode(problem) + b"\n" for problem in report.problems))
+    with (
+        _bar(file, mark("Checking"), language) as progress,
+        tempfile.TemporaryDirectory(prefix="tunewright-") as folder,
+    ):
+        listed = Path(folder) / "problems.jsonl" if problems is not None else None
+        report = check(
+            file, purpose, settings, problems_to=listed, against=against, processes=processes, progress=progress
+        )
+        if problems is not None and listed is not None:
             _export(listed, problems, language)
     return report
+
+
+def _row_at(file: Path, number: int, max_line_bytes: int) -> bytes:
+    """The line's bytes. Raises InvalidRequest if it is blank, too long or not there."""
+    from itertools import islice
+
+    from tunewright.datasets.lines import read_lines
+
+    with file.open("rb") as stream:
+        if stream.read(len(codecs.BOM_UTF8)) != codecs.BOM_UTF8:
+            stream.seek(0)
+        found = next(islice(read_lines(stream, max_line_bytes), number - 1, None), None)
+    if found is not None and found.data is None:
+        sentence = mark("line {line} is longer than {limit} bytes")
+        raise InvalidRequest("line_too_long", sentence, line=number, limit=max_line_bytes)
+    if found is None or not found.data or found.data.isspace():
+        raise _usage(mark("There is no row in line {line}."), line=number)
+    return found.data
+
+
+class _Pulled(NamedTuple):
+    """A base model on this machine."""
+
+    code: str
+    path: Path
+    context_tokens: int
+
+
+def _base(settings: Settings, code: str) -> _Pulled:
+    from tunewright.models.catalogue import Catalogue, unknown_base
+
+    base = Catalogue(HomeFolder(settings.home)).find(code)
+    if base is None:
+        raise unknown_base(code)
+    if base.path is None:
+        sentence = mark('The weights of "{base}" are not on this machine; run: tunewright models pull {base}')
+        raise InvalidRequest("model_not_pulled", sentence, base=base.code)
+    return _Pulled(base.code, base.path, base.context_tokens)
+
+
+def _length(base: _Pulled, wanted: int | None) -> int:
+    """The length that rows are cut to: what was asked for, else what a job takes that asks for none."""
+    from tunewright.jobs.hyperparameters import resolve
+
+    if wanted is not None:
+        return min(wanted, base.context_tokens)
+    usual = resolve({}, rows=1, training_type="lora", method="supervised", context_tokens=base.context_tokens)
+    return usual.max_length
+
+
+def _count_tokens(
+    report: "Report", file: Path, base: _Pulled, max_length: int, settings: Settings, language: str
+) -> None:
+    """Add the tokens to the report: their statistics, and the rows that the length limit changes."""
+    import msgspec
+
+    from tunewright.datasets.report import MAX_PROBLEMS
+    from tunewright.datasets.token_counts import count_tokens
+
+    limit = settings.max_line_bytes
+    with _bar(file, mark("Counting tokens"), language) as progress:
+        tokens = count_tokens(file, base.path, max_length=max_length, max_line_bytes=limit, progress=progress)
+    shown = msgspec.to_builtins(tokens)
+    shown.pop("problems")
+    report.statistics = {**report.statistics, "tokens": shown}
+    for code, severity in (("nothing_to_train", "error"), ("example_too_long", "warning")):
+        found = tokens.counts.get(code, 0)
+        if not found or code in report.counts:  # the check has said so of the rows
+            continue
+        report.counts = {**report.counts, code: found}
+        if severity == "error":
+            report.errors += found
+            report.bad_rows += found
+        else:
+            report.warnings += found
+        new = [problem for problem in tokens.problems if problem.code == code]
+        report.problems = sorted([*report.problems, *new], key=lambda problem: problem.severity)[:MAX_PROBLEMS]
+        report.firsts = [*report.firsts, *new[:1]]
 
 
 def _export(listed: Path, target: Path, language: str) -> None:
@@ -250,26 +356,26 @@ def _check_choice(option: str, found: str, allowed: tuple[str, ...]) -> None:
 
 def _check_source(path: Path | None) -> None:
     if path is not None and not path.exists():
-        raise _usage(mark("There is no file {path}."), path=_plain(path))
+        raise _usage(mark("There is no file {path}."), path=terminal.plain(path))
     if path is not None and not path.is_file():
-        raise _usage(mark("{path} is not a file."), path=_plain(path))
+        raise _usage(mark("{path} is not a file."), path=terminal.plain(path))
 
 
 def _check_target(path: Path, force: bool, *sources: Path | None) -> None:
     if any(source is not None and path.resolve() == source.resolve() for source in sources):
-        raise _usage(mark("{path} can't be read and written at the same time."), path=_plain(path))
+        raise _usage(mark("{path} can't be read and written at the same time."), path=terminal.plain(path))
     if path.is_dir() or not path.parent.is_dir():
-        raise _usage(mark("{path} is not a place for a file."), path=_plain(path))
+        raise _usage(mark("{path} is not a place for a file."), path=terminal.plain(path))
     if path.exists() and not force:
-        raise _usage(mark("{path} exists; --force replaces it."), path=_plain(path))
+        raise _usage(mark("{path} exists; --force replaces it."), path=terminal.plain(path))
 
 
 @contextmanager
-def _explained(language: str | None) -> Iterator[Settings]:
+def _explained(language: str | None, home: Path | None = None) -> Iterator[Settings]:
     """The settings; what goes wrong inside the block becomes one line on stderr and an exit code."""
     tongue = language or "en"
     try:
-        settings = _settings()
+        settings = _settings(home)
         tongue = language or settings.language
         yield settings
     except _Usage as error:
@@ -278,12 +384,15 @@ def _explained(language: str | None) -> Iterator[Settings]:
         _stop(error.text(tongue), EXIT_MISCONFIGURED if isinstance(error, Misconfigured) else EXIT_DATA)
     except OSError as error:
         sentence = mark("{path}: {reason}")
-        _stop(translate(sentence, tongue, path=_plain(error.filename or "?"), reason=error.strerror or "?"), EXIT_USAGE)
+        _stop(
+            translate(sentence, tongue, path=terminal.plain(error.filename or "?"), reason=error.strerror or "?"),
+            EXIT_USAGE,
+        )
 
 
-def _settings() -> Settings:
+def _settings(home: Path | None) -> Settings:
     try:
-        return Settings()
+        return Settings() if home is None else Settings(home=home)
     except ValidationError as error:
         wrong = error.errors()[0]
         name = "TUNEWRIGHT_" + str(wrong["loc"][0]).upper()
@@ -296,164 +405,20 @@ def _stop(sentence: str, exit_code: int) -> NoReturn:
     raise typer.Exit(exit_code) from None
 
 
-# what a person sees
-
-
-def _plain(text: object) -> str:
-    """On a terminal nothing but text: what would steer it is shown as �."""
-    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in str(text))
-
-
-def _console() -> "Console":
-    from rich.console import Console
-
-    return Console(highlight=False, emoji=False)
-
-
 @contextmanager
-def _bar(file: Path, label: str, language: str) -> Iterator[Callable[[int, int], None] | None]:
+def _bar(file: Path, label: str, language: str) -> Iterator[Callable[[int, int], None]]:
     """A progress bar on stderr, if that is a terminal and the file takes a while."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
     console = Console(stderr=True)
     if not console.is_terminal or file.stat().st_size < _BAR_FROM_BYTES:
-        yield None
+        yield lambda done, total: None
         return
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task(translate(label, language), total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)
-
-
-def _say(console: "Console", sign: str, colour: str, sentence: str, language: str, **values: object) -> None:
-    from rich.text import Text
-
-    shown = translate(sentence, language, **{name: _plain(value) for name, value in values.items()})
-    console.print(_grid(Text(sign, style=f"bold {colour}"), Text(shown)))
-
-
-def _grid(*cells: Any) -> "Table":
-    """Cells side by side; a long last one is wrapped in its own column."""
-    from rich.table import Table
-
-    grid = Table.grid(padding=(0, 1))
-    for _ in cells:
-        grid.add_column(overflow="fold")
-    grid.add_row(*cells)
-    return grid
-
-
-def _print_report(console: "Console", file: Path, shown: dict[str, Any], report: "Report", language: str) -> None:
-    from rich.filesize import decimal
-    from rich.text import Text
-
-    title = Text(_plain(file), style="bold")
-    rows = translate(mark("rows: {rows}"), language, rows=f"{shown['rows'] or 0:,}")
-    facts = " · ".join(str(fact) for fact in (shown["kind"], rows, decimal(shown["bytes"]), shown["purpose"]) if fact)
-    console.print(title)
-    console.print(Text(facts, style="dim"))
-    console.print()
-    if groups := shown["report"]["groups"]:
-        console.print(_problem_table(groups, _places(report), language))
-    mendable = sum(group["patchable"] for group in groups)
-    if report.ok:
-        sentence = mark("The file can be used. Errors: 0, warnings: {warnings}.")
-        _say(console, "✓", "green", sentence, language, warnings=f"{report.warnings:,}")
-    elif report.file_errors:
-        sentence = mark("The file can't be used as it is. Errors: {errors}, warnings: {warnings}.")
-        counts = {"errors": f"{report.errors:,}", "warnings": f"{report.warnings:,}"}
-        _say(console, "✗", "red", sentence, language, **counts)
-    else:
-        sentence = mark("{bad_rows} of {rows} rows can't be used. Errors: {errors}, warnings: {warnings}.")
-        counts = {name: f"{getattr(report, name):,}" for name in ("bad_rows", "rows", "errors", "warnings")}
-        _say(console, "✗", "red", sentence, language, **counts)
-    if mendable:
-        sentence = mark("Mends that are certain: {mendable}. Apply them: tunewright datasets repair {path} -o OUT")
-        _say(console, "→", "cyan", sentence, language, mendable=f"{mendable:,}", path=file)
-
-
-def _places(report: "Report") -> dict[str, list[int]]:
-    """The first lines with each code."""
-    places: dict[str, list[int]] = {}
-    for problem in report.problems:
-        lines = places.setdefault(problem.code, [])
-        if problem.line is not None and problem.line not in lines:
-            lines.append(problem.line)
-    return places
-
-
-def _problem_table(groups: list[dict[str, Any]], places: dict[str, list[int]], language: str) -> "Table":
-    from rich.text import Text
-
-    mendable = any(group["patchable"] for group in groups)
-    heads = ["", ">" + translate(mark("count"), language), translate(mark("problem"), language)]
-    table = _table(*heads, *([">" + translate(mark("mendable"), language)] if mendable else []))
-    for group in groups:
-        wrong = group["severity"] == "error"
-        colour = "red" if wrong else "yellow"
-        body = Text(group["code"], style=f"bold {colour}")
-        if group["message"]:
-            body.append(f"\n{_plain(group['message'])}", style="default not bold")
-        also = places.get(group["code"], [])[1:]
-        if also:
-            listed = ", ".join(f"{line:,}" for line in also[:_LINES_SHOWN])
-            more = ", …" if group["count"] > len(also[:_LINES_SHOWN]) + 1 else ""
-            sentence = translate(mark("also in lines {listed}"), language, listed=listed + more)
-            body.append(f"\n{sentence}", style="dim not bold")
-        cells = [Text("✗" if wrong else "!", style=f"bold {colour}"), f"{group['count']:,}", body]
-        if mendable:
-            cells.append(f"{group['patchable']:,}" if group["patchable"] else "-")
-        table.add_row(*cells)
-    return table
-
-
-def _table(*heads: str) -> "Table":
-    """An empty table over the whole width; a head that begins with > is of numbers. The last head of texts gets the room."""
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD, expand=True, padding=(0, 1), pad_edge=False)
-    widest = max(i for i, head in enumerate(heads) if not head.startswith(">"))
-    for i, head in enumerate(heads):
-        number = head.startswith(">")
-        table.add_column(
-            head.removeprefix(">"),
-            justify="right" if number else "left",
-            no_wrap=number,
-            overflow="fold",
-            ratio=1 if i == widest else None,
-        )
-    return table
-
-
-def _print_converted(console: "Console", output: Path, converted: "Converted", language: str) -> None:
-    from rich.text import Text
-
-    if converted.problems:
-        place = mark("row") if converted.file_format == "Parquet" else mark("line")
-        table = _table(">" + translate(place, language), translate(mark("why it can't be converted"), language))
-        for problem in converted.problems[:20]:
-            table.add_row(f"{problem.line:,}", Text(_plain(problem.text(language))))
-        console.print(table)
-    if converted.written:
-        sentence = mark("Wrote {path}, rows: {rows}")
-        _say(console, "✓", "green", sentence, language, rows=f"{converted.rows:,}", path=output)
-        if converted.skipped:
-            _say(console, "!", "yellow", mark("Rows left out: {rows}"), language, rows=f"{converted.skipped:,}")
-    else:
-        sentence = mark(
-            "Nothing was written: {skipped} of {rows} rows can't be converted. --skip-bad leaves them out, --drop NAME a field."
-        )
-        total = f"{converted.rows + converted.skipped:,}"
-        _say(console, "✗", "red", sentence, language, skipped=f"{converted.skipped:,}", rows=total)
-    encoding = f" ({converted.encoding})" if converted.encoding not in ("utf-8", "utf-8-sig") else ""
-    styles = ", ".join(f"{style} {count:,}" for style, count in converted.styles.most_common())
-    facts = [f"{converted.file_format}{encoding}", styles]
-    if converted.dropped:
-        listed = ", ".join(f"{name} {count:,}" for name, count in converted.dropped.most_common(20))
-        facts.append(translate(mark("fields left out: {listed}"), language, listed=listed))
-    console.print(Text("  " + _plain(" · ".join(fact for fact in facts if fact)), style="dim"))
 
 
 def _converted_object(converted: "Converted", language: str) -> dict[str, Any]:

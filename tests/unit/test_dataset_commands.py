@@ -14,6 +14,8 @@ from typer.testing import CliRunner, Result
 
 from tests.unit.bad_rows import ASSISTANT, GOOD, USER
 from tunewright.cli import app
+from tunewright.models.catalogue import Catalogue
+from tunewright.settings import HomeFolder
 
 PAIR = {"prompt": USER["content"], "completion": ASSISTANT["content"]}
 
@@ -364,3 +366,66 @@ def test_a_split_with_an_empty_side_writes_nothing(folder: Path) -> None:
     result = run("split", "rows.jsonl", "-o", "a.jsonl", "--validation-out", "b.jsonl", exit_code=1)
     assert "so one side is empty" in result.stderr
     assert [path.name for path in folder.iterdir()] == ["rows.jsonl"]
+
+
+# with a base model
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A home with the base `tiny`, whose context is 256 tokens."""
+    from tests.tiny_models import tiny_llama
+
+    home = HomeFolder(tmp_path_factory.mktemp("home"))
+    home.create()
+    Catalogue(home).add(tiny_llama(tmp_path_factory.mktemp("base") / "tiny", context=256), "tiny")
+    return str(home.root)
+
+
+def test_tokens_are_counted_and_rows_that_the_limit_changes_are_named(home: str) -> None:
+    put("rows.jsonl", lines(GOOD, turns("Hi", "answer " * 200), turns("question " * 200, "Hi"), BAD))
+    words = ["validate", "rows.jsonl", "--model", "tiny", "--home", home]
+    found = json.loads(run(*words, "--json", exit_code=1).stdout)
+    tokens = found["statistics"]["tokens"]
+    assert (tokens["max_length"], tokens["cut"]["rows"], tokens["nothing_to_train"]["rows"]) == (256, 1, 1)
+    assert found["report"]["counts"]["nothing_to_train"] == 1
+    assert found["report"]["bad_rows"] == 2
+    places = {problem["code"]: problem["line"] for problem in found["report"]["problems"]}
+    assert (places["example_too_long"], places["nothing_to_train"], places["invalid_role"]) == (2, 3, 4)
+    assert found["report"]["errors"] == 2
+    shown = " ".join(run(*words, "--max-length", "100", exit_code=1).stdout.split())
+    assert "rows may have up to 100" in shown
+    assert "每行最多 256 个" in run(*words, "--language", "zh", exit_code=1).stdout
+
+
+def test_a_preview_shows_which_tokens_are_trained(home: str) -> None:
+    put("rows.jsonl", b"\xef\xbb\xbf" + lines(GOOD, turns("\x1b[2J", "[red]" + "long " * 300)))
+    words = ["preview", "rows.jsonl", "--model", "tiny", "--home", home]
+    shown = run(*words).stdout
+    assert "⟨Paris.<|im_end|>⟩" in shown
+    assert "<|im_start|>user" in shown
+    assert "cut off (behind ✂): 0" in shown
+    second = run(*words, "--line", "2", "--language", "zh").stdout
+    assert "\x1b" not in second
+    assert "⟨[red]long" in second
+    assert "✂" in second.split("共")[0]
+    found = json.loads(run(*words, "--json").stdout)
+    trained = "".join(token["text"] for token in found["examples"][0]["tokens"] if token["trained"])
+    assert trained.startswith("Paris.<|im_end|>")
+
+
+@pytest.mark.parametrize(
+    ("words", "exit_code", "said"),
+    [
+        (["--model", "tiny", "--line", "2"], 2, "There is no row in line 2."),
+        (["--model", "tiny", "--line", "9"], 2, "There is no row in line 9."),
+        (["--model", "tiny", "--line", "3"], 1, 'line 3, messages[0].role is "usr"'),
+        (["--model", "other"], 78, 'There is no base model "other"'),
+        (["--model", "smollm2-135m"], 1, "run: tunewright models pull smollm2-135m"),
+    ],
+)
+def test_what_can_not_be_previewed_is_said_in_one_line(words: list[str], exit_code: int, said: str, home: str) -> None:
+    put("rows.jsonl", lines(GOOD) + b"\n" + lines(BAD))
+    result = run("preview", "rows.jsonl", "--home", home, *words, exit_code=exit_code)
+    assert said in result.stderr
+    assert result.stderr.count("\n") == 1
