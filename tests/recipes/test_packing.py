@@ -1,10 +1,25 @@
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from tests.recipes.job_folder import ROWS, write_rows
+from tests.recipes.job_folder import (
+    ROWS,
+    losses,
+    next_attempt,
+    records,
+    start_trainer,
+    train_here,
+    write_job,
+    write_rows,
+)
+from tunewright.datasets import packed_rows
+from tunewright.datasets.packed_cache import PackedCache
 from tunewright.errors import InvalidRequest
+from tunewright.files_on_disk import sha256_of
+from tunewright.jobs.spec import Started
 from tunewright.recipes import packing
 from tunewright.rendering.renderer import renderer_of
 
@@ -129,3 +144,114 @@ def test_chosen_lines_are_left_out_unseen_and_counted(tmp_path: Path, base: Path
     )
     assert len(rows) == len(ROWS) - 2
     assert (rows.skipped.rows, rows.skipped.lines) == (2, [2, 4])
+
+
+def test_image_and_preference_rows_are_not_for_the_text_trainer(tmp_path: Path, base: Path) -> None:
+    image = {"type": "image_url", "image_url": {"url": "https://example.com/a.png"}}
+    answer = [{"role": "assistant", "content": "yes"}]
+    for row in (
+        {"messages": [{"role": "user", "content": [image]}, *answer]},
+        {"messages": [{"role": "user", "content": "hi"}], "preferred_output": answer, "non_preferred_output": answer},
+    ):
+        path = write_rows(tmp_path / "rows.jsonl", ROWS[:1])
+        with path.open("a") as stream:
+            stream.write(json.dumps(row) + "\n")
+        with pytest.raises(InvalidRequest) as caught:
+            read(path, base)
+        assert (caught.value.code, caught.value.values["line"]) == ("wrong_format", 2)
+
+
+def test_the_first_bad_row_is_named_unless_it_is_left_out(tmp_path: Path, base: Path) -> None:
+    path = write_rows(tmp_path / "rows.jsonl", ROWS)
+    path.write_bytes(path.read_bytes() + b"{broken\n")
+    with pytest.raises(InvalidRequest) as caught:
+        read(path, base)
+    assert caught.value.code == "invalid_json"
+
+
+def tokenisings(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The data files that were tokenised from now on."""
+    seen: list[Path] = []
+    tokenise = packed_rows.tokenise
+
+    def noted(data: Path, *arguments: Any, **options: Any) -> None:
+        seen.append(data)
+        tokenise(data, *arguments, **options)
+
+    monkeypatch.setattr(packed_rows, "tokenise", noted)
+    return seen
+
+
+def test_a_file_is_tokenised_once_whatever_jobs_want_of_it(
+    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another max_length and other lines to leave out use the same tokens; they lie on the disk, not in memory."""
+    seen = tokenisings(monkeypatch)
+    path = write_rows(tmp_path / "rows.jsonl", ROWS)
+    options: dict[str, Any] = {
+        "max_line_bytes": 2**20,
+        "between_rows": lambda: None,
+        "param": "training_file",
+        "cache": PackedCache(tmp_path / "cache", 2**20),
+        "data_sha256": sha256_of(path),
+    }
+    plain = read(path, base)
+    first = packing.read_rows(path, renderer_of(base), max_length=128, **options)
+    again = packing.read_rows(path, renderer_of(base), max_length=128, **options)
+    assert (first.cached, again.cached) == (False, True)
+    for rows in (first, again):
+        for row in range(len(plain)):
+            assert np.array_equal(rows.tokens_of(row), plain.tokens_of(row))
+            assert np.array_equal(rows.trained_of(row), plain.trained_of(row))
+    short = packing.read_rows(path, renderer_of(base), max_length=40, skip_lines=frozenset({1}), **options)
+    assert short.cached and short.cut.rows and short.skipped.lines[0] == 1
+    assert seen == [path, path]  # once without the cache, once with it
+    assert isinstance(again.tokens.base, np.memmap)
+
+
+def test_a_damaged_entry_is_made_anew(tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = tokenisings(monkeypatch)
+    spec = write_job(tmp_path / "job", base, token_cache=str(tmp_path / "cache"), token_cache_bytes=2**20)
+    first = losses(train_here(spec))
+    (tokens,) = (tmp_path / "cache").glob("*/tokens.npy")
+    data = bytearray(tokens.read_bytes())
+    data[-1] ^= 1
+    tokens.write_bytes(data)
+    other = write_job(tmp_path / "other", base, token_cache=str(tmp_path / "cache"), token_cache_bytes=2**20)
+    assert losses(train_here(other)) == first
+    assert len(seen) == 2
+
+
+def test_resumed_and_repeated_jobs_do_not_tokenise_again(
+    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = tokenisings(monkeypatch)
+    options: dict[str, Any] = {"token_cache": str(tmp_path / "cache"), "token_cache_bytes": 2**20}
+    whole = train_here(write_job(tmp_path / "whole", base))
+    spec = write_job(tmp_path / "job", base, **options)
+    stopped = train_here(spec, stop_at=5)
+    resumed = train_here(next_attempt(spec))
+    repeated = train_here(write_job(tmp_path / "repeated", base, **options))
+
+    def tokens(records: list[Any]) -> list[str]:
+        return [record.choices["tokens"] for record in records if isinstance(record, Started)]
+
+    assert [tokens(each) for each in (whole, stopped, resumed, repeated)] == [
+        ["made"],
+        ["made"],
+        ["cached"],
+        ["cached"],
+    ]
+    assert len(seen) == 2
+    assert losses(stopped) | losses(resumed) == losses(repeated) == losses(whole)
+
+
+def test_two_trainers_at_once_share_the_work(tmp_path: Path, base: Path) -> None:
+    specs = [
+        write_job(tmp_path / name, base, n_epochs=1, token_cache=str(tmp_path / "cache"), token_cache_bytes=2**20)
+        for name in ("one", "two")
+    ]
+    trainers = [start_trainer(spec) for spec in specs]
+    assert [trainer.wait(120) for trainer in trainers] == [0, 0]
+    started = [record for spec in specs for record in records(spec) if isinstance(record, Started)]
+    assert sorted(record.choices["tokens"] for record in started) == ["cached", "made"]
