@@ -3,8 +3,9 @@
 import difflib
 from typing import Any
 
-from tunewright.datasets import media, tools
-from tunewright.datasets.report import Path, Row, shown
+from tunewright.datasets import media, row_mends, tools
+from tunewright.datasets.report import Patch, Path, Row, shown
+from tunewright.datasets.row_mends import RowMends
 from tunewright.i18n import mark
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -53,12 +54,13 @@ def kind_of(value: dict[str, Any]) -> str:
 def check_row(row: Row, value: dict[str, Any]) -> str:
     """Complain about one chat, function or image row; the answer is its kind."""
     kind = kind_of(value)
+    mends = RowMends(value)
     if len(value) > 1 and value.keys() - _ROW_FIELDS:
-        tools.check_old_functions(row, value)
+        tools.check_old_functions(row, value, mends)
         row.unknown_fields(value, _ROW_FIELDS | {"functions", "function_call"}, ())
     offered = tools.check_tools(row, value.get("tools"), ("tools",))
     messages = value["messages"]
-    roles = check_messages(row, messages, ("messages",))
+    roles = check_messages(row, messages, ("messages",), mends)
     if roles is None:
         return kind
     _check_order(row, roles, kind)
@@ -72,8 +74,11 @@ def check_row(row: Row, value: dict[str, Any]) -> str:
     return kind
 
 
-def check_messages(row: Row, messages: object, path: Path) -> list[str] | None:
-    """The roles of all messages, or None if one of them is so wrong that their order says nothing."""
+def check_messages(row: Row, messages: object, path: Path, mends: RowMends | None = None) -> list[str] | None:
+    """The roles of all messages, or None if one of them is so wrong that their order says nothing.
+
+    `mends` knows the whole row, if `messages` are all of it.
+    """
     if not isinstance(messages, list):
         row.wrong_type(path, "array", messages)
         return None
@@ -83,7 +88,7 @@ def check_messages(row: Row, messages: object, path: Path) -> list[str] | None:
     roles: list[str] = []
     sound = True
     for i, message in enumerate(messages):
-        role = _check_message(row, message, (*path, i))
+        role = _check_message(row, message, (*path, i), mends)
         if role is None:
             sound = False
         else:
@@ -91,7 +96,7 @@ def check_messages(row: Row, messages: object, path: Path) -> list[str] | None:
     return roles if sound else None
 
 
-def _check_message(row: Row, message: object, path: Path) -> str | None:
+def _check_message(row: Row, message: object, path: Path, mends: RowMends | None) -> str | None:
     """The message's role, or None if it has no valid one."""
     if not isinstance(message, dict):
         row.wrong_type(path, "object", message)
@@ -104,7 +109,7 @@ def _check_message(row: Row, message: object, path: Path) -> str | None:
             row.missing((*path, "role"))
         return None
     if role not in ROLES:
-        _refuse_role(row, role, (*path, "role"))
+        _refuse_role(row, role, (*path, "role"), mends)
         return None
     content = message.get("content")
     if type(content) is str and content and not content.isspace():
@@ -115,25 +120,33 @@ def _check_message(row: Row, message: object, path: Path) -> str | None:
     row.unknown_fields(message, _FIELDS[role] | {"function_call"}, path)
     if role == "assistant":
         _check_weight(row, message.get("weight", 1), (*path, "weight"))
-        tools.check_calls(row, message, path)
+        tools.check_calls(row, message, path, mends)
         _check_text_or_null(row, message, "reasoning_content", path)
     _check_text_or_null(row, message, "name", path)
     return role
 
 
-def _refuse_role(row: Row, role: object, path: Path) -> None:
-    suggestion = None
+def _refuse_role(row: Row, role: object, path: Path, mends: RowMends | None) -> None:
+    suggestion: str | None = None
+    patch: Patch | None = None
     if isinstance(role, str):
         plain = role[:40].strip().lower()
+        name = plain if plain in ROLES else _OTHER_NAMES.get(plain)
+        if plain == "function":
+            patch = mends.old_form if mends else None
+        elif name is not None:
+            patch = row_mends.replaced(path, name)
         close = difflib.get_close_matches(plain, ROLES, 1, 0.6)
-        suggestion = _OTHER_NAMES.get(plain) or (close[0] if close else None)
+        suggestion = name or (close[0] if close else None)
     allowed = ", ".join(ROLES)
     if suggestion is None:
         sentence = mark("line {line}, {field} is {found}; allowed: {allowed}")
         row.error("invalid_role", sentence, path, found=shown(role), allowed=allowed)
     else:
         sentence = mark('line {line}, {field} is {found}; allowed: {allowed}. Did you mean "{suggestion}"?')
-        row.error("invalid_role", sentence, path, found=shown(role), allowed=allowed, suggestion=suggestion)
+        row.error(
+            "invalid_role", sentence, path, patch=patch, found=shown(role), allowed=allowed, suggestion=suggestion
+        )
 
 
 def _check_content(row: Row, message: dict[str, Any], role: str, path: Path) -> None:
@@ -149,7 +162,7 @@ def _check_content(row: Row, message: dict[str, Any], role: str, path: Path) -> 
     if isinstance(content, list):
         media.check_parts(row, content, role, place)
     elif not isinstance(content, str):
-        row.wrong_type(place, "string | array", content)
+        row.wrong_type(place, "string | array", content, patch=row_mends.content(content, place))
     elif role == "tool" or (role == "user" and content):
         row.warn("content_empty", mark("line {line}, {field} holds no text"), place)
     else:
@@ -165,14 +178,16 @@ def _check_text_or_null(row: Row, message: dict[str, Any], name: str, path: Path
 def _check_weight(row: Row, weight: object, path: Path) -> None:
     # bool is an int to Python and 1.0 equals 1: neither is a weight.
     if weight is not None and (type(weight) is not int or weight not in (0, 1)):
-        row.error("invalid_weight", mark("line {line}, {field} is {found}; allowed: 0, 1"), path, found=shown(weight))
+        sentence = mark("line {line}, {field} is {found}; allowed: 0, 1")
+        row.error("invalid_weight", sentence, path, patch=row_mends.weight(weight, path), found=shown(weight))
 
 
 def _check_order(row: Row, roles: list[str], kind: str) -> None:
     for i in range(1, len(roles)):
         if roles[i] == "system":
             sentence = mark("line {line}, {field} is system; only the first message may be")
-            row.error("system_not_first", sentence, ("messages", i, "role"))
+            patch = row_mends.system_first(roles, i, ("messages",))
+            row.error("system_not_first", sentence, ("messages", i, "role"), patch=patch)
         elif roles[i] == roles[i - 1] and roles[i] in ("user", "assistant"):
             if kind in (IMAGE_UNDERSTANDING, IMAGE_GENERATION) and roles[i] == "user":
                 continue  # a text and an image, each in a turn of its own: the usual form of image rows
@@ -202,11 +217,13 @@ def _check_answers(row: Row, messages: list[dict[str, Any]], roles: list[str], k
         return
     if roles[-1] != "assistant":
         place: Path = ("messages", len(roles) - 1, "role")
+        patch = _without_the_rest(roles)
         if kind == FUNCTION:
             row.warn(
                 "trailing_messages_ignored",
                 mark("line {line}, {field} is {role}: what follows the last assistant message is ignored"),
                 place,
+                patch=patch,
                 role=roles[-1],
             )
         else:
@@ -214,6 +231,7 @@ def _check_answers(row: Row, messages: list[dict[str, Any]], roles: list[str], k
                 "last_message_not_assistant",
                 mark("line {line}, {field} is {role}; the last message must be the assistant's"),
                 place,
+                patch=patch,
                 role=roles[-1],
             )
     if not any(role == "assistant" and _teaches(message) for message, role in zip(messages, roles, strict=True)):
@@ -222,6 +240,13 @@ def _check_answers(row: Row, messages: list[dict[str, Any]], roles: list[str], k
             mark("line {line}: every assistant message has weight 0, so {field} teaches nothing"),
             ("messages",),
         )
+
+
+def _without_the_rest(roles: list[str]) -> Patch | None:
+    """Without what follows the last assistant message: it would teach nothing."""
+    last = len(roles) - 1 - roles[::-1].index("assistant")
+    rest = range(len(roles) - 1, last, -1)
+    return row_mends.removed(*(("messages", i) for i in rest)) if len(rest) <= 100 else None
 
 
 def _teaches(message: dict[str, Any]) -> bool:

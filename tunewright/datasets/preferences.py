@@ -6,7 +6,7 @@ Both ways of writing them in the wild are taken: `{"input": {"messages": ...}, .
 
 from typing import Any
 
-from tunewright.datasets import tools
+from tunewright.datasets import row_mends, tools
 from tunewright.datasets.messages import check_messages
 from tunewright.datasets.report import Path, Row
 from tunewright.i18n import mark
@@ -55,7 +55,8 @@ def _check_input(row: Row, holder: dict[str, Any], path: Path) -> None:
     for i, role in enumerate(roles[1:], 1):
         if role == "system":
             sentence = mark("line {line}, {field} is system; only the first message may be")
-            row.error("system_not_first", sentence, (*place, i, "role"))
+            patch = row_mends.system_first(roles, i, place)
+            row.error("system_not_first", sentence, (*place, i, "role"), patch=patch)
     if roles == ["system"]:
         row.missing((*place, 1))
     tools.check_exchange(row, holder["messages"], offered, place)
@@ -66,6 +67,9 @@ def _check_answer(row: Row, value: dict[str, Any], names: tuple[str, str]) -> ob
     name = names[1] if names[0] not in value and names[1] in value else names[0]
     if name not in value:
         row.missing((name,))
+        return None
+    if not isinstance(value[name], list):
+        row.wrong_type((name,), "array", value[name], patch=row_mends.answer(value[name], (name,)))
         return None
     roles = check_messages(row, value[name], (name,))
     if roles is None:

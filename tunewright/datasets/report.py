@@ -322,26 +322,27 @@ class Row:
         """A field that must be there is not."""
         self.error("missing_field", mark("line {line}, {field} is missing"), path)
 
-    def wrong_type(self, path: Path, expected: str, found: object) -> None:
+    def wrong_type(self, path: Path, expected: str, found: object, patch: Patch | None = None) -> None:
         """`expected` in JSON's words: `string`, `array`, `object`, or several."""
         self.error(
             "invalid_type",
             mark("line {line}, {field} must be of type {expected}, not {found}"),
             path,
+            patch=patch,
             expected=expected,
             found=json_type(found),
         )
 
     def unknown_fields(self, value: dict[str, Any], known: frozenset[str], path: Path) -> None:
         """Count fields that no rule knows; they are ignored. An explicit null says nothing and is let pass."""
+        from tunewright.datasets import row_mends  # it makes patches, which are defined here
+
         for key in value.keys() - known:
             if value[key] is not None:
+                sentence = mark("line {line}, {field} is not a known field and is ignored")
+                patch = row_mends.unknown_field(value, key, known, path)
                 # The key is the caller's text and may be megabytes long.
-                self.warn(
-                    "unknown_field",
-                    mark("line {line}, {field} is not a known field and is ignored"),
-                    (*path, quote(key)),
-                )
+                self.warn("unknown_field", sentence, (*path, quote(key)), patch=patch)
 
 
 def field_name(path: Path) -> str:

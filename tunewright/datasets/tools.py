@@ -1,12 +1,14 @@
 """The rules of function rows: the tools that are offered, the calls, and the replies to them."""
 
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
 from tunewright import strict_json
-from tunewright.datasets.report import Path, Row, shown
+from tunewright.datasets import row_mends, schemas
+from tunewright.datasets.report import Patch, Path, Row, shown
+from tunewright.datasets.row_mends import RowMends
 from tunewright.errors import InvalidRequest, quote
 from tunewright.i18n import mark
 
@@ -14,17 +16,25 @@ MAX_TOOLS = 128
 MAX_REFERENCES = 100
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
-Offered = dict[str, frozenset[str]]
-"""Name of a tool -> the arguments that it requires."""
+
+class Tool(NamedTuple):
+    """A tool that a row offers: the arguments it requires, and its schema (None: nothing to compare with)."""
+
+    required: frozenset[str]
+    schema: schemas.Schema | None
 
 
-def check_old_functions(row: Row, value: dict[str, Any]) -> None:
+_ANYTHING = Tool(frozenset(), None)
+Offered = dict[str, Tool]
+"""Name of a tool -> what its arguments must be."""
+
+
+def check_old_functions(row: Row, value: dict[str, Any], mends: RowMends) -> None:
     """`functions` and `function_call` were replaced by `tools`; ignoring them would lose what the row teaches."""
     for name in ("functions", "function_call"):
         if value.get(name) is not None:
-            row.error(
-                "invalid_tool", mark('line {line}, {field} is the old form; write "tools" and "tool_calls"'), (name,)
-            )
+            sentence = mark('line {line}, {field} is the old form; write "tools" and "tool_calls"')
+            row.error("invalid_tool", sentence, (name,), patch=mends.old_form)
 
 
 def check_tools(row: Row, tools: object, path: Path) -> Offered:
@@ -33,7 +43,7 @@ def check_tools(row: Row, tools: object, path: Path) -> Offered:
     if tools is None:
         return offered
     if not isinstance(tools, list):
-        row.wrong_type(path, "array", tools)
+        row.wrong_type(path, "array", tools, patch=row_mends.tools(tools, path))
         return offered
     if len(tools) > MAX_TOOLS:
         sentence = mark("line {line}, {field} offers {found} tools; at most {limit} are allowed")
@@ -55,7 +65,7 @@ def _check_tool(row: Row, tool: object, path: Path, offered: Offered) -> None:
     function = tool.get("function")
     if not isinstance(function, dict):
         sentence = mark("line {line}, {field} must be an object with name, description and parameters")
-        row.error("invalid_tool", sentence, (*path, "function"))
+        row.error("invalid_tool", sentence, (*path, "function"), patch=row_mends.tool(tool, path))
         return
     name = function.get("name")
     if not isinstance(name, str) or not _NAME.fullmatch(name):
@@ -72,33 +82,55 @@ def _refuse_name(row: Row, code: str, name: object, path: Path) -> None:
     row.error(code, sentence, path, found=shown(name))
 
 
-def _check_parameters(row: Row, function: dict[str, Any], path: Path) -> frozenset[str]:
-    """The names of required arguments."""
+def _check_parameters(row: Row, function: dict[str, Any], path: Path) -> Tool:
+    """What arguments must be."""
     description = function.get("description")
     if description is not None and not isinstance(description, str):
         row.error("invalid_tool", mark("line {line}, {field} must be a text"), (*path, "description"))
     schema = function.get("parameters")
     place = (*path, "parameters")
     if schema is None:
-        return frozenset()
+        return _ANYTHING
     if not isinstance(schema, dict) or schema.get("type", "object") != "object":
         sentence = mark('line {line}, {field} must be a JSON schema of type "object"')
-        row.error("invalid_tool", sentence, place)
-        return frozenset()
+        row.error("invalid_tool", sentence, place, patch=_schema_type(schema, place))
+        return _ANYTHING
+    sound = True
     if not isinstance(schema.get("properties", {}), dict):
         row.error("invalid_tool", mark("line {line}, {field} must be an object"), (*place, "properties"))
-    _check_references(row, schema, place)
+        sound = False
+    sound = _check_references(row, schema, place) and sound
     required = schema.get("required", [])
     if not isinstance(required, list) or not all(isinstance(name, str) for name in required):
         row.error("invalid_tool", mark("line {line}, {field} must be a list of texts"), (*place, "required"))
-        return frozenset()
-    return frozenset(required)
+        return _ANYTHING
+    return Tool(frozenset(required), _compiled(row, schema, place) if sound else None)
 
 
-def _check_references(row: Row, schema: dict[str, Any], path: Path) -> None:
+def _schema_type(schema: object, path: Path) -> Patch | None:
+    if not isinstance(schema, dict):
+        return None
+    patch = row_mends.schema_type(schema.get("type"), ("type",), (*path, "type"))
+    return patch if patch is not None and patch.operations[0]["value"] == "object" else None
+
+
+def _compiled(row: Row, schema: dict[str, Any], path: Path) -> schemas.Schema | None:
+    compiled = schemas.compiled(msgspec.json.encode(schema))
+    if not isinstance(compiled, schemas.Fault):
+        return compiled
+    place = (*path, *compiled.path)
+    found = schema
+    for part in compiled.path:
+        found = found[part]  # type: ignore[index]
+    patch = row_mends.schema_type(found, compiled.path, place)
+    row.error("invalid_tool", compiled.message, place, patch=patch, **compiled.values)
+    return None
+
+
+def _check_references(row: Row, schema: dict[str, Any], path: Path) -> bool:
     """Refuse `$ref`s that can be followed for ever. Without recursion, and bounded by the cap on references."""
     if b'"$ref"' not in msgspec.json.encode(schema):
-        return
+        return True
     references: list[tuple[str, str]] = []  # where it stands, what it points at
     waiting: list[tuple[str, Any]] = [("#", schema)]
     while waiting and len(references) <= MAX_REFERENCES:
@@ -112,9 +144,12 @@ def _check_references(row: Row, schema: dict[str, Any], path: Path) -> None:
     if len(references) > MAX_REFERENCES:
         sentence = mark("line {line}, {field} has more than {limit} references ($ref)")
         row.error("invalid_tool", sentence, path, limit=MAX_REFERENCES)
-    elif _has_cycle(references):
+        return False
+    if _has_cycle(references):
         sentence = mark("line {line}, {field} refers to itself by $ref; recursive schemas are not supported")
         row.error("invalid_tool", sentence, path)
+        return False
+    return True
 
 
 def _has_cycle(references: list[tuple[str, str]]) -> bool:
@@ -132,30 +167,36 @@ def _has_cycle(references: list[tuple[str, str]]) -> bool:
     return False
 
 
-def check_calls(row: Row, message: dict[str, Any], path: Path) -> None:
+def check_calls(row: Row, message: dict[str, Any], path: Path, mends: RowMends | None = None) -> None:
     """Complain about the form of an assistant's `tool_calls`."""
     if message.get("function_call") is not None:
         sentence = mark('line {line}, {field} is the old form; write "tool_calls"')
-        row.error("invalid_tool_call", sentence, (*path, "function_call"))
+        row.error("invalid_tool_call", sentence, (*path, "function_call"), patch=mends.old_form if mends else None)
     calls = message.get("tool_calls")
     if calls is None:
         return
     place = (*path, "tool_calls")
     if not isinstance(calls, list):
-        row.wrong_type(place, "array", calls)
+        row.wrong_type(place, "array", calls, patch=row_mends.replaced(place, [calls]) if _is_call(calls) else None)
         return
     ids: set[str] = set()
     for i, call in enumerate(calls):
-        _check_call(row, call, (*place, i), ids)
+        _check_call(row, call, (*place, i), ids, mends)
 
 
-def _check_call(row: Row, call: object, path: Path, ids: set[str]) -> None:
+def _is_call(value: object) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("function"), dict)
+
+
+def _check_call(row: Row, call: object, path: Path, ids: set[str], mends: RowMends | None) -> None:
     if not isinstance(call, dict):
         row.error("invalid_tool_call", mark("line {line}, {field} must be an object"), path)
         return
     identifier = call.get("id")
     if not isinstance(identifier, str) or not identifier:
-        row.error("invalid_tool_call", mark("line {line}, {field} must be a text that is not empty"), (*path, "id"))
+        sentence = mark("line {line}, {field} must be a text that is not empty")
+        new = mends.call_ids.get((path[-3], path[-1])) if mends else None  # type: ignore[arg-type]
+        row.error("invalid_tool_call", sentence, (*path, "id"), patch=row_mends.call_id(call, new, (*path, "id")))
     elif identifier in ids:
         sentence = mark("line {line}, {field} is {found}, as in another call of the same message")
         row.error("invalid_tool_call", sentence, (*path, "id"), found=shown(identifier))
@@ -172,17 +213,20 @@ def _check_call(row: Row, call: object, path: Path, ids: set[str]) -> None:
     name = function.get("name")
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         _refuse_name(row, "invalid_tool_call", name, (*place, "name"))
-    _check_arguments(row, function.get("arguments"), (*place, "arguments"))
+    _check_arguments(row, function, (*place, "arguments"))
 
 
-def _check_arguments(row: Row, arguments: object, path: Path) -> None:
+def _check_arguments(row: Row, function: dict[str, Any], path: Path) -> None:
+    arguments = function.get("arguments")
     if not isinstance(arguments, str):
         sentence = mark('line {line}, {field} must be a text that holds JSON, such as "{example}"')
-        row.error("invalid_tool_call", sentence, path, example='{\\"city\\": \\"Paris\\"}')
+        patch = row_mends.arguments(function, path)
+        row.error("invalid_tool_call", sentence, path, patch=patch, example='{\\"city\\": \\"Paris\\"}')
         return
     if _arguments_of(arguments) is None:
         sentence = mark("line {line}, {field} does not hold a JSON object: {found}")
-        row.error("invalid_tool_call", sentence, path, found=shown(arguments))
+        patch = row_mends.arguments(function, path)
+        row.error("invalid_tool_call", sentence, path, patch=patch, found=shown(arguments))
 
 
 def _arguments_of(text: str) -> dict[str, Any] | None:
@@ -200,7 +244,7 @@ def check_exchange(row: Row, messages: list[dict[str, Any]], offered: Offered, p
     for i, message in enumerate(messages):
         role = message["role"]
         if role == "tool":
-            _check_reply(row, message.get("tool_call_id"), known, waiting, (*path, i, "tool_call_id"))
+            _check_reply(row, message, known, waiting, (*path, i, "tool_call_id"))
             continue
         _warn_unanswered(row, waiting)
         calls = message.get("tool_calls") if role == "assistant" else None
@@ -211,18 +255,23 @@ def check_exchange(row: Row, messages: list[dict[str, Any]], offered: Offered, p
                 _compare_with_tool(row, call.get("function"), offered, (*path, i, "tool_calls", j, "function"))
 
 
-def _check_reply(row: Row, identifier: object, known: set[str], waiting: dict[str, Path], path: Path) -> None:
+def _check_reply(row: Row, message: dict[str, Any], known: set[str], waiting: dict[str, Path], path: Path) -> None:
+    identifier = message.get("tool_call_id")
+    if isinstance(identifier, str) and identifier in known:
+        waiting.pop(identifier, None)
+        return
+    patch = row_mends.reply_id(identifier, "tool_call_id" in message, known, list(waiting), path)
+    if patch is not None:
+        waiting.pop(patch.operations[0]["value"], None)
     if not known:
         sentence = mark("line {line}, {field}: a tool's reply without a call before it")
         row.error("invalid_tool_call", sentence, path)
     elif not isinstance(identifier, str):
         sentence = mark("line {line}, {field} must name the call that this message answers")
-        row.error("invalid_tool_call", sentence, path)
-    elif identifier not in known:
-        sentence = mark("line {line}, {field} is {found}, but no call before it has this id")
-        row.error("invalid_tool_call", sentence, path, found=shown(identifier))
+        row.error("invalid_tool_call", sentence, path, patch=patch)
     else:
-        waiting.pop(identifier, None)
+        sentence = mark("line {line}, {field} is {found}, but no call before it has this id")
+        row.error("invalid_tool_call", sentence, path, patch=patch, found=shown(identifier))
 
 
 def _warn_unanswered(row: Row, waiting: dict[str, Path]) -> None:
@@ -240,11 +289,19 @@ def _compare_with_tool(row: Row, function: object, offered: Offered, path: Path)
         sentence = mark("line {line}, {field} is {found}, which the row's tools do not offer")
         row.warn("tool_not_offered", sentence, (*path, "name"), found=shown(name))
         return
-    if not offered[name] or not isinstance(function.get("arguments"), str):
+    tool = offered[name]
+    text = function.get("arguments")
+    if tool is _ANYTHING or not isinstance(text, str):
         return
-    arguments = _arguments_of(function["arguments"])
-    absent = sorted(offered[name] - arguments.keys()) if arguments is not None else []
+    arguments = _arguments_of(text)
+    if arguments is None:
+        return
+    place = (*path, "arguments")
+    absent = sorted(tool.required - arguments.keys())
     if absent:
         sentence = mark("line {line}, {field} lacks {absent}, which the tool {name} requires")
         absent_text = ", ".join(quote(name) for name in absent[:5])
-        row.warn("missing_argument", sentence, (*path, "arguments"), absent=absent_text, name=quote(name))
+        row.warn("missing_argument", sentence, place, absent=absent_text, name=quote(name))
+    fault = schemas.mismatch(tool.schema, arguments, len(text)) if tool.schema is not None else None
+    if fault is not None:
+        row.warn("argument_mismatch", fault.message, place, name=quote(name), **fault.values)
