@@ -112,11 +112,14 @@ class ImageService:
                 findings.join(report)
 
     def _look(self, data: Path, report: Report, findings: Findings) -> Prepared:
+        limit = self._settings.max_images_per_file
+        counted = report.statistics.get("images")
+        if self._egress is not None and isinstance(counted, int) and AT_ONCE < counted <= limit:
+            return Prepared(counted, pending=True)  # a large file is not read once more for this
         total = remote = 0
         for reference in read_references(data, self._settings.max_line_bytes):
             total += 1
-            if total > self._settings.max_images_per_file:
-                limit = self._settings.max_images_per_file
+            if total > limit:
                 findings.add(
                     "error", "too_many_images", mark("The rows of the file hold more than {limit} images."), limit=limit
                 )
