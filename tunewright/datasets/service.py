@@ -1,7 +1,7 @@
 """What callers may do with files: upload, list, read, delete."""
 
 import builtins
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from tunewright.datasets.blob_keys import content_key
@@ -39,6 +39,8 @@ class DatasetService:
         self._settings = settings
         self.images = ImageService(storage, blobs, home, settings, egress)
         self._intake = Intake(storage, blobs, home, settings, self.images)
+        self.on_delete: Callable[[File], None] = lambda file: None
+        """Called with each deleted file after its bytes are gone."""
         self.contents = Contents(blobs, settings.max_line_bytes)
         self.versions = Versions(storage, blobs, self._intake, settings)
 
@@ -115,6 +117,7 @@ class DatasetService:
         claim.remove(self._blobs)
         self.images.drop_unused(file_id)
         claim.drop()
+        self.on_delete(file)
         return file
 
     def content(

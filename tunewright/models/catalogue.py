@@ -154,7 +154,7 @@ class Catalogue:
         entry = msgspec.to_builtins(base)
         del entry["code"], entry["path"]
         entry["source"] = {key: value for key, value in entry["source"].items() if value is not None}
-        _table(document, "bases")[base.code] = entry
+        _table(document, "bases")[base.code] = {key: value for key, value in entry.items() if value is not None}
         _checked(document.unwrap(), self.home.catalogue)
         final = self.home.bases / base.code
         if final.exists():

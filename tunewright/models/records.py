@@ -27,6 +27,8 @@ class Base(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     """One entry of the catalogue. `path` is where the weights lie once pulled, else None.
 
     `row_kinds` and `methods` say what training it takes; `pool` whether LoRA models of it are served from the shared pool.
+    `tokens_per_image` is what an image of a question counts in estimates; `price_per_million_tokens` goes before the setting
+    of that name.
     """
 
     code: str
@@ -38,6 +40,8 @@ class Base(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     methods: tuple[str, ...] = ("lora",)
     pool: bool = True
     aliases: tuple[str, ...] = ()
+    tokens_per_image: int = 1600
+    price_per_million_tokens: float | None = None
     files: dict[str, str] = {}
     """File name -> sha256 of every file of the pulled folder that is loaded (safetensors, tokenizer, configs)."""
     path: Path | None = None
