@@ -28,7 +28,12 @@ class Settings(BaseSettings):
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(default="info", description="Least level logged")
 
-    max_file_bytes: int = Field(default=512 * 2**20, description="Largest uploaded file")
+    max_file_bytes: int = Field(default=512 * 2**20, description="Largest file uploaded in one request")
+    max_upload_bytes: int = Field(default=16 * 2**30, ge=1, description="Largest file uploaded in parts")
+    max_part_bytes: int = Field(default=64 * 2**20, ge=1, description="Largest part of an upload")
+    max_upload_parts: int = Field(default=10_000, ge=1, description="Parts that one upload may have")
+    max_open_uploads: int = Field(default=100, ge=1, description="Uploads in parts that one project may have open")
+    upload_expiry_s: int = Field(default=24 * 3600, ge=1, description="An upload in parts not completed by then is dropped")
     max_json_bytes: int = Field(default=2**20, description="Largest JSON body outside chat")
     max_chat_bytes: int = Field(default=20 * 2**20, description="Largest chat body")
     max_line_bytes: int = Field(default=4 * 2**20, description="Longest line of a data file")
@@ -91,12 +96,13 @@ class HomeFolder:
         self.jobs = self.root / "jobs"
         self.workers = self.root / "workers"
         self.temporary = self.root / "tmp"
+        self.uploads = self.root / "uploads"
 
     def create(self) -> None:
         """Create the folders that are missing; existing ones keep what they hold. Raises Misconfigured (`home_unusable`)."""
         try:
             self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
-            for folder in (self.blobs, self.bases, self.adapters, self.jobs, self.workers, self.temporary):
+            for folder in (self.blobs, self.bases, self.adapters, self.jobs, self.workers, self.temporary, self.uploads):
                 folder.mkdir(mode=0o700, exist_ok=True)
         except OSError as error:
             raise Misconfigured(

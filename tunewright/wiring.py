@@ -9,6 +9,7 @@ import structlog
 from tunewright.accounts.service import AccountService
 from tunewright.clock import mono_s
 from tunewright.completions.service import CompletionService
+from tunewright.datasets.parted_uploads import PartedUploads
 from tunewright.datasets.service import DatasetService
 from tunewright.deployments.pool import Pool
 from tunewright.errors import Misconfigured, TunewrightError, Unavailable
@@ -38,6 +39,7 @@ class Platform:
         self.blobs = Blobs(settings.blob_url or f"file://{self.home.blobs}")
         self.accounts = AccountService(self.storage, self.home, settings)
         self.datasets = DatasetService(self.storage, self.blobs, self.home, settings)
+        self.uploads = PartedUploads(self.storage, self.datasets, self.home, settings)
         self.catalogue = Catalogue(self.home)
         self.models = ModelService(self.storage, self.catalogue, self.home)
         self.jobs = JobService(self.storage, self.catalogue, self.models, self.home, settings)
@@ -72,6 +74,7 @@ class Platform:
         self._take_lock()
         self.prepare()
         self.datasets.sweep()
+        self.uploads.sweep()
         self.jobs.sweep()
         self.models.sweep()
         self.pool.start()

@@ -19,7 +19,7 @@ GOLDEN_PUBLIC = {("GET", "/healthz"), ("GET", "/readyz")}
 
 
 def filled(path: str) -> str:
-    return path.replace("{name:path}", "x").replace("{file_id}", "file-x").replace("{job_id}", "ftjob-x")
+    return path.replace("{name:path}", "x").replace("{file_id}", "file-x").replace("{job_id}", "ftjob-x").replace("{upload_id}", "upload-x")
 
 
 def paths(world: World) -> list[str]:
@@ -219,7 +219,23 @@ async def test_another_projects_things_look_like_things_that_never_were(world: W
         assert created.status_code == 200, created.text
         job_id = created.json()["id"]
         name = (await mine.get(f"/api/paas/v4/fine_tuning/jobs/{job_id}")).json()["fine_tuned_model"]
+        body = {"filename": "a.jsonl", "purpose": "fine-tune", "bytes": 1, "mime_type": "application/jsonl"}
+        upload_id = (await mine.post("/v1/uploads", json=body)).json()["id"]
+        part = {"files": {"data": b"x"}}
         tried = 0
+        for method, path, content in [
+            ("GET", "", {}),
+            ("GET", "/parts", {}),
+            ("POST", "/parts", part),
+            ("POST", "/complete", {"json": {"part_ids": ["x"]}}),
+            ("POST", "/cancel", {}),
+        ]:
+            for prefix in (*PREFIXES, "/api/v1"):
+                absent = new_id("upload")
+                seen = await theirs.request(method, f"{prefix}/uploads/{upload_id}{path}", **content)
+                control = await theirs.request(method, f"{prefix}/uploads/{absent}{path}", **content)
+                assert seen.status_code == 404, (method, path)
+                assert told(seen, upload_id) == told(control, absent)
         for prefix in PREFIXES:
             for method, path, real, absent in [
                 ("GET", "/files/{}", file_id, new_id("file")),

@@ -3,7 +3,7 @@
 from typing import Any
 
 from tunewright.accounts.records import ApiKey, Project
-from tunewright.datasets.records import File
+from tunewright.datasets.records import File, PartedUpload, UploadPart
 from tunewright.ids import new_id, random_text
 from tunewright.jobs.records import Job, JobCheckpoint, JobError, JobEvent
 from tunewright.models.records import TunedModel
@@ -46,6 +46,29 @@ def file(project_id: str, **changes: Any) -> File:
     }
     values |= {"project_id": project_id}
     return File(**(values | changes))
+
+
+def parted_upload(project_id: str, **changes: Any) -> PartedUpload:
+    values: dict[str, Any] = {
+        "id": new_id("upload"),
+        "filename": "训练.jsonl",
+        "purpose": "fine-tune",
+        "mime_type": "application/jsonl",
+        "size_bytes": 2**40,
+        "created_at": NOON,
+        "expires_at": NOON + 60,
+        "file_id": "file-x",
+        "on_problems": "keep",
+        "completed_with": "2" * 64,
+    }
+    values |= {"project_id": project_id}
+    return PartedUpload(**(values | changes))
+
+
+def upload_part(of: PartedUpload, **changes: Any) -> UploadPart:
+    values: dict[str, Any] = {"id": new_id("part"), "size_bytes": 2**33, "sha256": "3" * 64, "created_at": NOON}
+    values |= {"upload_id": of.id, "project_id": of.project_id}
+    return UploadPart(**(values | changes))
 
 
 def job(project_id: str, **changes: Any) -> Job:

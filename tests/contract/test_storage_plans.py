@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from tests.contract.rows import checkpoint, event, file, job, metrics, model, project
+from tests.contract.rows import checkpoint, event, file, job, metrics, model, parted_upload, project, upload_part
 from tests.contract.test_storage_tenants import statements
 from tunewright.storage import Storage, Transaction
 
@@ -17,6 +17,10 @@ LISTS: dict[str, Ask] = {
     "files after": lambda tx, p, ids: tx.files.list(p, purpose=None, after=ids["file"], limit=2),
     "files ascending": lambda tx, p, ids: tx.files.list(p, purpose=None, after=ids["file"], limit=2, ascending=True),
     "files of a purpose": lambda tx, p, ids: tx.files.list(p, purpose="fine-tune", after=ids["file"], limit=2),
+    "files that are datasets": lambda tx, p, ids: tx.files.list_datasets(
+        p, purposes=("fine-tune", "x"), kind="chat", status="processed", after=ids["file"], limit=2
+    ),
+    "children of a file": lambda tx, p, ids: tx.files.children(p, ids["file"], limit=2),
     "jobs": lambda tx, p, ids: tx.jobs.list(p, after=None, limit=2),
     "jobs after": lambda tx, p, ids: tx.jobs.list(p, after=ids["job"], limit=2),
     "jobs with metadata": lambda tx, p, ids: tx.jobs.list(p, after=ids["job"], limit=2, metadata={"team": "red"}),
@@ -31,11 +35,17 @@ LISTS: dict[str, Ask] = {
     "one model by name": lambda tx, p, ids: tx.models.find(p, "name"),
     "count of jobs": lambda tx, p, ids: tx.jobs.count(p, frozenset({"queued", "running"})),
     "users of a file": lambda tx, p, ids: tx.jobs.using_file(p, ids["file"]),
+    "one upload": lambda tx, p, ids: tx.uploads.get(p, ids["upload"]),
+    "open uploads": lambda tx, p, ids: tx.uploads.count_pending(p),
+    "parts": lambda tx, p, ids: tx.uploads.parts(p, ids["upload"], after="part-", limit=2),
+    "count of parts": lambda tx, p, ids: tx.uploads.count_parts(p, ids["upload"]),
+    "bytes of parts": lambda tx, p, ids: tx.uploads.received_bytes(p, ids["upload"]),
+    "overdue uploads": lambda tx, p, ids: tx.uploads.overdue(9),
     "unfinished jobs": lambda tx, p, ids: tx.jobs.unfinished(),
     "idempotency": lambda tx, p, ids: tx.idempotency.find(p, "route", "key", since=0),
 }
 STARTED_INSIDE = {name for name in LISTS if name.startswith(("files ", "jobs "))}
-SORTED_AFTERWARDS = {"unfinished jobs"}
+SORTED_AFTERWARDS = {"unfinished jobs", "children of a file"}
 """A handful of rows of several states; never paged."""
 
 
@@ -46,9 +56,12 @@ def test_plan(sqlite_url: str, name: str) -> None:
     ours = project("1")
     of = job(ours.id)
     rows = {"file": file(ours.id), "job": of, "event": event(of), "checkpoint": checkpoint(of, 1)}
+    rows["upload"] = parted_upload(ours.id)
     with storage.write() as tx:
         tx.projects.insert(ours)
         tx.files.insert(rows["file"])
+        tx.uploads.insert(rows["upload"])
+        tx.uploads.add_part(upload_part(rows["upload"]))
         tx.jobs.insert(of)
         tx.jobs.add_events([rows["event"], metrics(of, 1)])
         tx.jobs.add_checkpoint(rows["checkpoint"])

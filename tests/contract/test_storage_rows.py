@@ -13,10 +13,12 @@ from tests.contract.rows import (
     job,
     metrics,
     model,
+    parted_upload,
     project,
+    upload_part,
 )
 from tunewright.accounts.records import ApiKey, Project
-from tunewright.datasets.records import File
+from tunewright.datasets.records import File, PartedUpload, UploadPart
 from tunewright.errors import InvalidRequest
 from tunewright.jobs.records import MOVES, TERMINAL, Job, JobCheckpoint, JobEvent
 from tunewright.models.records import TunedModel
@@ -29,6 +31,8 @@ from tunewright.storage import Storage, tables
         ("projects", Project),
         ("api_keys", ApiKey),
         ("files", File),
+        ("uploads", PartedUpload),
+        ("upload_parts", UploadPart),
         ("jobs", Job),
         ("job_events", JobEvent),
         ("job_checkpoints", JobCheckpoint),
@@ -75,6 +79,39 @@ def test_files_come_back_as_they_went(storage: Storage, ours: Project) -> None:
         assert tx.files.delete(ours.id, rich.id) is True
         assert tx.files.delete(ours.id, rich.id) is False
         assert tx.files.get(ours.id, rich.id) is None
+
+
+def test_uploads_and_their_parts(storage: Storage, ours: Project, theirs: Project) -> None:
+    done = parted_upload(ours.id, status="completed")
+    open_ = parted_upload(ours.id, status="pending", file_id=None, completed_with=None, expires_at=NOON + 9)
+    with storage.write() as tx:
+        for each in (done, open_, parted_upload(theirs.id, status="pending", expires_at=NOON + 30)):
+            tx.uploads.insert(each)
+        parts = [upload_part(open_, id=dated_id("part", second)) for second in range(4)]
+        for part in reversed(parts):
+            tx.uploads.add_part(part)
+        tx.uploads.add_part(upload_part(done, size_bytes=1))
+    with storage.write() as tx:
+        assert (tx.uploads.get(ours.id, done.id), tx.uploads.get(ours.id, open_.id)) == (done, open_)
+        assert tx.uploads.count_pending(ours.id) == 1
+        assert tx.uploads.parts(ours.id, open_.id) == parts
+        assert tx.uploads.parts(ours.id, open_.id, after=parts[0].id, limit=2) == parts[1:3]
+        assert tx.uploads.count_parts(ours.id, open_.id) == 4
+        assert tx.uploads.received_bytes(ours.id, open_.id) == 4 * 2**33
+        assert [each.id for each in tx.uploads.overdue(NOON + 9)] == [open_.id]
+        assert tx.uploads.overdue(NOON + 8) == []
+        assert tx.uploads.forget_expired_before(NOON + 60) == 0
+        ended = tx.uploads.change(open_, status="expired")
+        assert ended == msgspec.structs.replace(open_, status="expired")
+        assert tx.uploads.change(open_, status="completed") is None, "it is not pending any more"
+        assert tx.uploads.get(ours.id, open_.id) == ended
+        assert tx.uploads.drop_parts(ours.id, open_.id) is True
+        assert tx.uploads.drop_parts(ours.id, open_.id) is False
+        assert tx.uploads.received_bytes(ours.id, open_.id) == 0
+        assert tx.uploads.forget_expired_before(NOON + 10) == 1
+        assert tx.uploads.get(ours.id, open_.id) is None
+        with pytest.raises(ValueError, match="keeps its id"):
+            tx.uploads.change(done, id="upload-y")
 
 
 @pytest.mark.parametrize("ascending", [False, True])

@@ -12,11 +12,23 @@ import sqlalchemy as sa
 from sqlalchemy import event as sqlalchemy_event
 from sqlalchemy import exc
 
-from tests.contract.rows import NOON, api_key, checkpoint, event, file, job, metrics, model
+from tests.contract.rows import (
+    NOON,
+    api_key,
+    checkpoint,
+    event,
+    file,
+    job,
+    metrics,
+    model,
+    parted_upload,
+    upload_part,
+)
 from tunewright.accounts.records import Project
 from tunewright.errors import InvalidRequest
 from tunewright.storage import Storage, Transaction, tables
 
+DATASETS = ("fine-tune",)
 TENANT_TABLES = sorted(name for name, table in tables.metadata.tables.items() if "project_id" in table.columns)
 
 # Methods that serve the operator, the authentication gate or control loops; everything else is a tenant's.
@@ -28,6 +40,8 @@ NOT_OF_A_TENANT = {
     ("jobs", "unfinished"),
     ("jobs", "deleted"),
     ("models", "gone"),
+    ("uploads", "overdue"),
+    ("uploads", "forget_expired_before"),
     ("idempotency", "forget_before"),
     ("leases", "take"),
     ("leases", "release"),
@@ -40,7 +54,9 @@ class Rows:
     def __init__(self, project_id: str) -> None:
         self.project_id = project_id
         self.key = api_key(project_id)
-        self.file = file(project_id)
+        self.file = file(project_id, parent_id="file-parent")
+        self.upload = parted_upload(project_id)
+        self.part = upload_part(self.upload)
         self.job = job(project_id, status="queued", request_id="request", training_file=self.file.id)
         self.events = [event(self.job), metrics(self.job, 1)]
         self.checkpoint = checkpoint(self.job, 1)
@@ -50,6 +66,8 @@ class Rows:
         with storage.write() as tx:
             tx.keys.insert(self.key)
             tx.files.insert(self.file)
+            tx.uploads.insert(self.upload)
+            tx.uploads.add_part(self.part)
             tx.jobs.insert(self.job)
             tx.jobs.add_events(self.events)
             tx.jobs.add_checkpoint(self.checkpoint)
@@ -60,7 +78,7 @@ class Rows:
 
 def reads(project_id: str, rows: Rows) -> dict[tuple[str, str], list[Callable[[Transaction], Any]]]:
     """Every reading method, asked by `project_id` for `rows`."""
-    p, j = project_id, rows.job.id
+    p, j, u = project_id, rows.job.id, rows.upload.id
     return {
         ("keys", "list"): [lambda tx: tx.keys.list(p)],
         ("files", "get"): [lambda tx: tx.files.get(p, rows.file.id)],
@@ -69,6 +87,21 @@ def reads(project_id: str, rows: Rows) -> dict[tuple[str, str], list[Callable[[T
             lambda tx: tx.files.list(p, purpose=rows.file.purpose, after=None, limit=9),
             lambda tx: tx.files.list(p, purpose=None, after=rows.model.id, limit=9, ascending=True),
         ],
+        ("uploads", "get"): [lambda tx: tx.uploads.get(p, u)],
+        ("uploads", "count_pending"): [lambda tx: tx.uploads.count_pending(p)],
+        ("uploads", "parts"): [
+            lambda tx: tx.uploads.parts(p, u),
+            lambda tx: tx.uploads.parts(p, u, after="part-", limit=9),
+        ],
+        ("uploads", "count_parts"): [lambda tx: tx.uploads.count_parts(p, u)],
+        ("uploads", "received_bytes"): [lambda tx: tx.uploads.received_bytes(p, u)],
+        ("files", "list_datasets"): [
+            lambda tx: tx.files.list_datasets(p, purposes=DATASETS, kind=None, status=None, after=None, limit=9),
+            lambda tx: tx.files.list_datasets(
+                p, purposes=DATASETS, kind="chat", status="processed", after=None, limit=9
+            ),
+        ],
+        ("files", "children"): [lambda tx: tx.files.children(p, "file-parent", limit=9)],
         ("jobs", "get"): [lambda tx: tx.jobs.get(p, j)],
         ("jobs", "list"): [
             lambda tx: tx.jobs.list(p, after=None, limit=9),
@@ -96,6 +129,10 @@ def writes(project_id: str, rows: Rows) -> dict[tuple[str, str], list[Callable[[
         ("keys", "revoke"): [lambda tx: tx.keys.revoke(p, rows.key.id, NOON)],
         ("files", "insert"): [lambda tx: tx.files.insert(file(p))],
         ("files", "delete"): [lambda tx: tx.files.delete(p, rows.file.id)],
+        ("uploads", "insert"): [lambda tx: tx.uploads.insert(parted_upload(p))],
+        ("uploads", "change"): [lambda tx: tx.uploads.change(changed(rows.upload, **as_ours), status="expired")],
+        ("uploads", "add_part"): [lambda tx: tx.uploads.add_part(upload_part(rows.upload))],
+        ("uploads", "drop_parts"): [lambda tx: tx.uploads.drop_parts(p, rows.upload.id)],
         ("jobs", "insert"): [lambda tx: tx.jobs.insert(job(p))],
         ("jobs", "change"): [lambda tx: tx.jobs.change(changed(rows.job, **as_ours), step=99)],
         ("jobs", "add_events"): [lambda tx: tx.jobs.add_events([metrics(rows.job, 7), event(rows.job)])],
@@ -204,6 +241,8 @@ def test_nobody_changes_what_others_have(storage: Storage, ours: Project, theirs
     strangers = [
         ("keys", "revoke"),
         ("files", "delete"),
+        ("uploads", "change"),
+        ("uploads", "drop_parts"),
         ("jobs", "change"),
         ("models", "change"),
     ]
@@ -226,13 +265,14 @@ def ask(storage: Storage, call: Callable[[Transaction], Any]) -> Any:
         return call(tx)
 
 
-def test_events_and_checkpoints_can_not_join_the_job_of_another(
+def test_events_checkpoints_and_parts_can_not_join_what_is_anothers(
     storage: Storage, ours: Project, theirs: Project
 ) -> None:
     rows = Rows(theirs.id).store(storage)
     for act in (
         lambda tx: tx.jobs.add_events([changed(event(rows.job), project_id=ours.id)]),
         lambda tx: tx.jobs.add_checkpoint(changed(checkpoint(rows.job, 3), project_id=ours.id)),
+        lambda tx: tx.uploads.add_part(changed(upload_part(rows.upload), project_id=ours.id)),
     ):
         with pytest.raises(exc.IntegrityError), storage.write() as tx:
             act(tx)

@@ -1,6 +1,8 @@
 """The unmodified `openai` package against a real server."""
 
+import hashlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import openai
@@ -44,6 +46,53 @@ def test_lists_page_to_their_end(client: OpenAI) -> None:
     listed = [file.id for file in client.files.list(limit=2)]
     assert made <= set(listed)
     assert len(listed) == len(set(listed))
+
+
+def test_a_file_comes_in_parts(client: OpenAI, tmp_path: Path) -> None:
+    content = rows_file(200)[1]
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(content)
+    done = client.uploads.upload_file_chunked(
+        file=path,
+        mime_type="application/jsonl",
+        purpose="fine-tune",
+        part_size=5000,
+        md5=hashlib.md5(content).hexdigest(),
+    )
+    assert (done.status, done.filename, done.bytes) == ("completed", "rows.jsonl", len(content))
+    assert done.file is not None and done.file.status == "processed"
+    assert client.files.content(done.file.id).read() == content
+    whole = client.uploads.upload_file_chunked(
+        file=content, filename="rows.jsonl", bytes=len(content), mime_type="application/jsonl", purpose="fine-tune"
+    )
+    assert whole.file is not None and whole.file.id in [file.id for file in client.files.list(limit=1)]
+
+
+def test_an_upload_that_was_cut_goes_on(client: OpenAI) -> None:
+    content = rows_file(20)[1]
+    upload = client.uploads.create(
+        bytes=len(content), filename="a.jsonl", mime_type="application/jsonl", purpose="fine-tune"
+    )
+    first = client.uploads.parts.create(upload.id, data=content[:100])
+    assert (first.object, first.upload_id) == ("upload.part", upload.id)
+    known = client.get(f"/uploads/{upload.id}/parts", cast_to=dict[str, Any])["data"]  # another client, later
+    there = sum(part["bytes"] for part in known)
+    sha256 = hashlib.sha256(content[there:]).hexdigest()
+    rest = client.uploads.parts.create(upload.id, data=content[there:], extra_headers={"X-Part-SHA256": sha256})
+    done = client.uploads.complete(upload.id, part_ids=[*(part["id"] for part in known), rest.id])
+    assert done.file is not None and done.file.bytes == len(content)
+
+
+def test_an_upload_is_cancelled_and_errors_have_their_class(client: OpenAI) -> None:
+    upload = client.uploads.create(bytes=5, filename="a.jsonl", mime_type="application/jsonl", purpose="fine-tune")
+    part = client.uploads.parts.create(upload.id, data=b"123")
+    with pytest.raises(openai.BadRequestError) as wrong:
+        client.uploads.complete(upload.id, part_ids=[part.id])
+    assert (wrong.value.code, wrong.value.param) == ("size_mismatch", "part_ids")
+    assert client.uploads.cancel(upload.id).status == "cancelled"
+    with pytest.raises(openai.ConflictError) as ended:
+        client.uploads.parts.create(upload.id, data=b"45")
+    assert ended.value.code == "upload_not_pending"
 
 
 def test_a_job_runs_and_its_model_answers(client: OpenAI, live_server: LiveServer) -> None:

@@ -21,16 +21,19 @@ from tunewright.api.errors import from_http_exception, from_validation
 from tunewright.api.limits import RefusedKeys, RequestRate
 from tunewright.api.native import health
 from tunewright.api.native import jobs as native_jobs
+from tunewright.api.native import uploads as native_uploads
 from tunewright.api.openai import chat as openai_chat
 from tunewright.api.openai import errors as openai_errors
 from tunewright.api.openai import files as openai_files
 from tunewright.api.openai import fine_tuning as openai_fine_tuning
 from tunewright.api.openai import models as openai_models
+from tunewright.api.openai import uploads as openai_uploads
 from tunewright.api.zhipu import chat as zhipu_chat
 from tunewright.api.zhipu import errors as zhipu_errors
 from tunewright.api.zhipu import files as zhipu_files
 from tunewright.api.zhipu import fine_tuning as zhipu_fine_tuning
 from tunewright.api.zhipu import models as zhipu_models
+from tunewright.api.zhipu import uploads as zhipu_uploads
 from tunewright.settings import Settings
 from tunewright.wiring import Platform
 
@@ -38,13 +41,16 @@ ERROR_TABLES = (zhipu_errors.TABLE, openai_errors.TABLE)
 """The last one also answers on the paths of neither dialect."""
 ROUTERS = (
     zhipu_files.router,
+    zhipu_uploads.router,
     zhipu_fine_tuning.router,
     zhipu_models.router,
     zhipu_chat.router,
     openai_files.router,
+    openai_uploads.router,
     openai_fine_tuning.router,
     openai_models.router,
     openai_chat.router,
+    native_uploads.router,
     native_jobs.router,
     health.router,
 )

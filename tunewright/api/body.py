@@ -48,6 +48,8 @@ class BodyLimits:
         settings, path = self._settings, scope["path"]
         if scope["method"] == "POST" and path.endswith("/files"):
             return "file_too_large", settings.max_file_bytes + MULTIPART_SLACK_BYTES
+        if scope["method"] == "POST" and path.endswith("/parts"):
+            return "part_too_large", settings.max_part_bytes + MULTIPART_SLACK_BYTES
         if path.endswith("/chat/completions"):
             return "body_too_large", settings.max_chat_bytes
         return "body_too_large", settings.max_json_bytes

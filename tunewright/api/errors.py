@@ -110,6 +110,9 @@ def _headers(error: TunewrightError, row: Row) -> tuple[tuple[bytes, bytes], ...
     allowed = error.values.get("allowed")
     if row.status == 405 and isinstance(allowed, str):
         headers.append((b"allow", allowed.encode()))
+    size = error.values.get("size")
+    if row.status == 416 and isinstance(size, int):
+        headers.append((b"content-range", f"bytes */{size}".encode()))
     return tuple(headers)
 
 

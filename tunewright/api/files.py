@@ -4,7 +4,7 @@ from collections.abc import AsyncGenerator, Iterator
 from typing import Annotated
 from urllib.parse import quote as percent_encoded
 
-from fastapi import APIRouter, Query, Request
+from fastapi import APIRouter, Header, Query, Request
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import StreamingResponse
 
@@ -14,6 +14,7 @@ from tunewright.api.body import router_at
 from tunewright.api.idempotency import UploadIdempotencyOf
 from tunewright.api.lists import After, Ascending, Limit, clamped, page
 from tunewright.api.multipart import boundary_of, read_form
+from tunewright.api.ranges import wanted_range
 from tunewright.api.renderings import file_object
 from tunewright.api.services import DatasetsOf
 from tunewright.api.threads import to_the_end
@@ -93,17 +94,36 @@ class FileRoutes:
         file = datasets.delete(caller.project_id, file_id)
         return Json({"id": file.id, "object": "file", "deleted": True})
 
-    async def content(self, file_id: str, caller: CallerOf, datasets: DatasetsOf) -> StreamingResponse:
-        """The bytes as they were uploaded. Always whole: ranges are not served."""
-        file, chunks = await run_in_threadpool(datasets.content, caller.project_id, file_id)
+    async def content(
+        self,
+        file_id: str,
+        caller: CallerOf,
+        datasets: DatasetsOf,
+        range_: Annotated[str | None, Header(alias="Range", description="One range of bytes")] = None,
+        if_range: Annotated[str | None, Header(alias="If-Range", description="The ETag of an earlier answer")] = None,
+    ) -> StreamingResponse:
+        """The bytes as they were uploaded, or one range of them."""
+        file = await run_in_threadpool(datasets.get, caller.project_id, file_id)
+        etag = f'"{file.sha256}"'
+        part = wanted_range(range_, file.size_bytes) if if_range in (None, etag) else None
+        start, end = part or (0, file.size_bytes)
+        _, chunks = await run_in_threadpool(datasets.content, caller.project_id, file_id, start, end)
         first = await run_in_threadpool(next, chunks, b"")  # what is wrong with the blob still has a status
         headers = {
-            "Content-Length": str(file.size_bytes),
+            "Content-Length": str(end - start),
             "Content-Disposition": f"attachment; filename*=UTF-8''{percent_encoded(file.filename, safe='')}",
             "Cache-Control": "no-store",
-            "Accept-Ranges": "none",
+            "Accept-Ranges": "bytes",
+            "ETag": etag,
         }
-        return StreamingResponse(_chunks(first, chunks), media_type="application/octet-stream", headers=headers)
+        if part is not None:
+            headers["Content-Range"] = f"bytes {start}-{end - 1}/{file.size_bytes}"
+        return StreamingResponse(
+            _chunks(first, chunks),
+            status_code=200 if part is None else 206,
+            media_type="application/octet-stream",
+            headers=headers,
+        )
 
 
 async def _chunks(first: bytes, rest: Iterator[bytes]) -> AsyncGenerator[bytes, None]:

@@ -1,4 +1,4 @@
-"""File uploads: the multipart body goes through the parser straight into the upload, in constant memory.
+"""Forms with a file: the multipart body goes through the parser straight into the upload, in constant memory.
 
 The parser is python-multipart's; here is what parts may be there and how big they are. Parts may come in any order.
 """
@@ -26,7 +26,7 @@ _BATCH_BYTES = 1 << 20
 
 _BOUNDARY = re.compile(rb"[0-9A-Za-z'()+_,\-./:=? ]{0,69}[0-9A-Za-z'()+_,\-./:=?]")
 _PLAIN_ENCODINGS = frozenset({b"", b"7bit", b"8bit", b"binary"})
-_EXPIRES_SECONDS = (3600, 2_592_000)
+EXPIRES_SECONDS = (3600, 2_592_000)
 
 
 class FileSink(Protocol):
@@ -38,9 +38,14 @@ class FileSink(Protocol):
 
 
 class Form:
-    """A multipart body as it arrives: `feed` it, then `finish` it. Afterwards `fields` and `filename` are there."""
+    """A multipart body as it arrives: `feed` it, then `finish` it. Afterwards `fields` and `filename` are there.
 
-    def __init__(self, boundary: bytes, sink: FileSink) -> None:
+    Its one file is in the part named `file_part`; `required` are the fields that it can't do without.
+    """
+
+    def __init__(self, boundary: bytes, sink: FileSink, file_part: str, required: tuple[str, ...]) -> None:
+        self._file_part = file_part
+        self._required = required
         self.fields: dict[str, str] = {}
         self.filename: str | None = None
         self._sink = sink
@@ -78,9 +83,10 @@ class Form:
         if not self._ended:
             raise _broken()
         if self.filename is None:
-            raise missing("file")
-        if "purpose" not in self.fields:
-            raise missing("purpose")
+            raise missing(self._file_part)
+        for name in self._required:
+            if name not in self.fields:
+                raise missing(name)
 
     def _begin_part(self) -> None:
         self._parts += 1
@@ -112,8 +118,12 @@ class Form:
         self._in_file = b"filename" in options
         if not self._in_file:
             return
-        if self._name != "file" or self.filename is not None:
-            raise InvalidRequest("invalid_multipart", mark("An upload has exactly one file, in the part named file."))
+        if self._name != self._file_part or self.filename is not None:
+            raise InvalidRequest(
+                "invalid_multipart",
+                mark("An upload has exactly one file, in the part named {name}."),
+                name=self._file_part,
+            )
         self.filename = _text(options[b"filename"], "filename")
 
     def _more_data(self, data: bytes, start: int, end: int) -> None:
@@ -155,13 +165,15 @@ class Form:
         self._ended = True
 
 
-async def read_form(request: Request, sink: FileSink) -> Form:
+async def read_form(
+    request: Request, sink: FileSink, *, file_part: str = "file", required: tuple[str, ...] = ("purpose",)
+) -> Form:
     """Read the whole body of `request`, its file into `sink`.
 
     Raises UnsupportedMedia (`unsupported_media_type`), InvalidRequest (`invalid_multipart`, `missing_required_parameter`,
     `invalid_purpose`), TooLarge, starlette's ClientDisconnect, and what the sink raises.
     """
-    form = Form(boundary_of(request), sink)
+    form = Form(boundary_of(request), sink, file_part, required)
     batch = bytearray()
     async for chunk in request.stream():
         batch += chunk
@@ -195,7 +207,7 @@ def _text(data: bytes, part: str) -> str:
 
 def _check_expiry(value: str) -> None:
     """Files do not expire here, so the field is checked and then has no effect."""
-    least, most = _EXPIRES_SECONDS
+    least, most = EXPIRES_SECONDS
     if not (value.isascii() and value.isdigit() and len(value) < 10 and least <= int(value) <= most):
         raise invalid("expires_after[seconds]", mark("{field} must be from {least} to {most}."), least=least, most=most)
 

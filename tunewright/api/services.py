@@ -5,6 +5,7 @@ from typing import Annotated
 from fastapi import Depends, Request
 
 from tunewright.completions.service import CompletionService
+from tunewright.datasets.parted_uploads import PartedUploads
 from tunewright.datasets.service import DatasetService
 from tunewright.jobs.service import JobService
 from tunewright.models.service import ModelService
@@ -17,6 +18,10 @@ async def _platform(request: Request) -> Platform:
 
 async def _datasets(request: Request) -> DatasetService:
     return request.app.state.platform.datasets
+
+
+async def _uploads(request: Request) -> PartedUploads:
+    return request.app.state.platform.uploads
 
 
 async def _jobs(request: Request) -> JobService:
@@ -33,6 +38,7 @@ async def _completions(request: Request) -> CompletionService:
 
 PlatformOf = Annotated[Platform, Depends(_platform)]
 DatasetsOf = Annotated[DatasetService, Depends(_datasets)]
+UploadsOf = Annotated[PartedUploads, Depends(_uploads)]
 JobsOf = Annotated[JobService, Depends(_jobs)]
 ModelsOf = Annotated[ModelService, Depends(_models)]
 CompletionsOf = Annotated[CompletionService, Depends(_completions)]

@@ -41,7 +41,11 @@ class File(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class PartedUpload(msgspec.Struct, frozen=True, kw_only=True):
-    """A file that comes in parts. `status`: pending, completed, cancelled or expired; `file_id` once completed."""
+    """A file that comes in parts. `status`: pending, completed, cancelled or expired; `file_id` once completed.
+
+    `on_problems`: `refuse` or `keep`, what completion does with wrong rows. `completed_with`: sha256 of the part ids in the
+    order of the completion, so that the same completion can be recognised when it comes again.
+    """
 
     id: str
     project_id: str
@@ -53,6 +57,8 @@ class PartedUpload(msgspec.Struct, frozen=True, kw_only=True):
     created_at: int
     expires_at: int
     file_id: str | None = None
+    on_problems: str = "refuse"
+    completed_with: str | None = None
 
 
 class UploadPart(msgspec.Struct, frozen=True, kw_only=True):

@@ -29,6 +29,7 @@ from tunewright.storage.leases import Leases
 from tunewright.storage.models import Models
 from tunewright.storage.postgres import PostgresConnections
 from tunewright.storage.sqlite import SqliteConnections
+from tunewright.storage.uploads import Uploads
 
 
 class Storage:
@@ -87,6 +88,7 @@ class Transaction:
         self.keys = Keys(connection)
         self.files = Files(connection)
         self.images = FileImages(connection)
+        self.uploads = Uploads(connection)
         self.jobs = Jobs(connection)
         self.models = Models(connection)
         self.idempotency = Idempotency(connection)

@@ -56,6 +56,9 @@ TABLE = ErrorTable(
         "method_not_allowed": Row(405, _INVALID),
         "url_too_long": Row(414, _INVALID),
         "headers_too_large": Row(431, _INVALID),
+        "range_not_satisfiable": Row(416, _INVALID),
         "request_timeout": Row(408, _INVALID),
+        "too_many_uploads": Row(429, "rate_limit_error", final=True),
+        "upload_expired": Row(410, _INVALID),
     },
 )
