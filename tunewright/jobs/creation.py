@@ -150,8 +150,8 @@ def check_bad_rows(file: File, param: str, tolerance: Tolerance) -> None:
         raise InvalidRequest(
             "file_has_errors",
             mark(
-                "{bad} of the {rows} rows of file {file} have errors. Mend it with POST /api/v1/datasets/{file}/repair "
-                "or tunewright datasets repair, or leave those rows out with max_bad_rows or max_bad_ratio."
+                "{bad} of the {rows} rows of file {file} have errors. Mend it with POST /api/v1/datasets/{file}/repair, "
+                "or leave those rows out with max_bad_rows or max_bad_ratio."
             ),
             param=param,
             file=file.id,
