@@ -1,7 +1,7 @@
 """Bytes that nobody meant as training data: rows cut, bent, nested and recoded; and what must hold of all of them."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
@@ -25,10 +25,10 @@ from tests.unit.bad_rows import (
 from tunewright import strict_json
 from tunewright.datasets.check import check
 from tunewright.datasets.lines import read_lines
+from tunewright.datasets.patches import apply
 from tunewright.datasets.records import PURPOSES
 from tunewright.datasets.report import Problem, Report
 from tunewright.datasets.rows import conversation_of
-from tunewright.errors import TunewrightError
 from tunewright.rendering.renderer import Renderer
 
 
@@ -182,6 +182,7 @@ def holds(folder: Path, data: bytes, purpose: str, renderer: Renderer) -> Report
     assert len(every) == report.errors + report.warnings
     bad = {problem.line for problem in every if problem.severity == "error" and problem.line is not None}
     assert len(bad) == report.bad_rows
+    _patches_fit(path, [problem for problem in every if problem.patch is not None][:200])
     if purpose in PURPOSES[:-1] and report.file_errors == 0 and report.kind in ("chat", "function"):
         _good_rows_train(path, bad, renderer)
     return report
@@ -198,24 +199,35 @@ def _problem_holds(problem: Problem, data: bytes) -> None:
         assert sum(map(bool, (patch.operations, patch.edits, patch.drop, patch.rewrite))) == 1
 
 
-def _good_rows_train(path: Path, bad: set[int], renderer: Renderer) -> None:
-    """Every row that no error names is one that the trainer can read and render."""
+def _patches_fit(path: Path, problems: list[Problem]) -> None:
+    """Every patch of one line can be applied to it, and what comes out is JSON if the line was or the patch mends that."""
+    lines = dict(_numbered_lines(path))
+    for problem in problems:
+        data = lines.get(problem.line or 0)
+        if data is None or problem.patch is None:
+            continue
+        mended = apply(data, problem.patch)
+        if mended is None:
+            assert problem.patch.drop
+        elif problem.patch.operations or problem.patch.edits:
+            assert mended != data, "a patch changes something"
+            for part in mended.split(b"\n"):
+                strict_json.loads(part)
+
+
+def _numbered_lines(path: Path) -> Iterator[tuple[int, bytes | None]]:
     with path.open("rb") as stream:
         if stream.read(3) != b"\xef\xbb\xbf":
             stream.seek(0)
         for line in read_lines(stream, LIMITS.max_line_bytes):
-            if line.number in bad or not line.data or line.data.isspace():
-                continue
-            conversation = conversation_of(strict_json.loads(line.data), line.number)
-            example = renderer.example(conversation)
-            assert len(example.tokens) == len(example.trained)
+            yield line.number, line.data
 
 
-def refusal(call: Callable[[], object]) -> TunewrightError | None:
-    """The error of a call that may be refused, but only in the product's own words."""
-    try:
-        call()
-    except TunewrightError as error:
-        assert error.text("en") != error.text("zh")
-        return error
-    return None
+def _good_rows_train(path: Path, bad: set[int], renderer: Renderer) -> None:
+    """Every row that no error names is one that the trainer can read and render."""
+    for number, data in _numbered_lines(path):
+        if number in bad or not data or data.isspace():
+            continue
+        conversation = conversation_of(strict_json.loads(data), number)
+        example = renderer.example(conversation)
+        assert len(example.tokens) == len(example.trained)

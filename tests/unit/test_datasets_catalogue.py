@@ -143,7 +143,7 @@ def _write(path: Path, rows: int, words: int, *, bad_every: int) -> None:
     ("rows", "words", "bad_every", "limit_mib"),
     [
         pytest.param(250_000, 200, 1000, 128, id="256 MiB"),
-        pytest.param(100_000, 5, 1, 128, id="errors in every row"),
+        pytest.param(40_000, 5, 1, 128, id="errors in every row"),
         pytest.param(5_000_000, 400, 1000, 256, id="10 GB", marks=[pytest.mark.soak, pytest.mark.timeout(1800)]),
     ],
 )
