@@ -58,6 +58,9 @@ def validate(
     problems: Annotated[Path | None, typer.Option(help="Write every problem to this .jsonl or .csv file")] = None,
     model: Annotated[str | None, typer.Option(help="Also count tokens, with this base model")] = None,
     max_length: Length = None,
+    fetch_images: Annotated[
+        bool, typer.Option("--fetch-images", help="Also fetch images that rows give by their address, as the server does")
+    ] = False,
     home: Home = None,
     force: Force = False,
     as_json: AsJson = False,
@@ -74,7 +77,7 @@ def validate(
         base = _base(settings, model) if model is not None else None
         if problems is not None:
             _check_target(problems, force, file, against)
-        report = _checked(file, purpose, settings, tongue, against, problems)
+        report = _checked(file, purpose, settings, tongue, against, problems, fetch_images)
         if base is not None and not report.file_errors and report.rows > report.bad_rows:
             _count_tokens(report, file, base, _length(base, max_length), settings, tongue)
         shown = dataset_object(report, filename=file.name, purpose=purpose, language=tongue)
@@ -211,10 +214,18 @@ def preview(
 
 
 def _checked(
-    file: Path, purpose: str, settings: Settings, language: str, against: Path | None, problems: Path | None
+    file: Path,
+    purpose: str,
+    settings: Settings,
+    language: str,
+    against: Path | None,
+    problems: Path | None,
+    fetch_images: bool,
 ) -> "Report":
-    """The report on the file; all problems in `problems`, if that is wanted."""
+    """The report on the file and the images in its rows; all problems in `problems`, if that is wanted."""
     from tunewright.datasets.check import check
+    from tunewright.datasets.image_check import check_images
+    from tunewright.egress import Egress
 
     processes = (os.cpu_count() or 1) if file.stat().st_size > _MANY_BYTES else 1
     with (
@@ -225,6 +236,8 @@ def _checked(
         report = check(
             file, purpose, settings, problems_to=listed, against=against, processes=processes, progress=progress
         )
+        egress = Egress(settings.remote_media_hosts) if fetch_images and settings.remote_media == "public" else None
+        check_images(file, report, settings.max_line_bytes, egress=egress, problems=listed)
         if problems is not None and listed is not None:
             _export(listed, problems, language)
     return report

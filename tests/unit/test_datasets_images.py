@@ -9,11 +9,14 @@ from typing import Any
 
 import msgspec
 import pytest
+from typer.testing import CliRunner
 
 from tests.evil_hosts import SmallInternet
 from tests.images import data_uri, encoded, hostile, picture, row
 from tests.unit.bad_rows import GOOD, file
+from tunewright import egress
 from tunewright.accounts.records import Project
+from tunewright.dataset_commands import app
 from tunewright.datasets import images
 from tunewright.datasets.blob_keys import image_key, manifest_key
 from tunewright.datasets.image_check import check_images
@@ -45,8 +48,8 @@ class Gallery:
         self.storage.migrate()
         self.blobs = Blobs(f"file://{self.home.blobs}")
         self.internet = internet
-        egress = Egress(self.settings.remote_media_hosts, resolve=internet.resolve, connect=internet.connect)
-        self.service = DatasetService(self.storage, self.blobs, self.home, self.settings, egress)
+        reach = Egress(self.settings.remote_media_hosts, resolve=internet.resolve, connect=internet.connect)
+        self.service = DatasetService(self.storage, self.blobs, self.home, self.settings, reach)
         with self.storage.write() as tx:
             if tx.projects.get(PROJECT) is None:
                 for number, project in (("1234567890", PROJECT), ("1234567891", "proj-b")):
@@ -307,6 +310,28 @@ def test_a_file_has_a_budget_of_images_and_bytes(tmp_path: Path, internet: Small
     roomy.storage.close()
 
 
+def test_a_version_takes_over_the_images_of_its_parent(gallery: Gallery) -> None:
+    from PIL import Image
+
+    gallery.internet.body = encoded(Image.new("P", (4, 4)), "PNG")
+    gallery.internet.status["/gone"] = 404
+    first = gallery.done(gallery.upload(row(URL), row("http://good.example/gone")))
+    assert (first.status, len(gallery.internet.requests)) == ("error", 2)
+    gallery.internet.status.clear()
+    kept = gallery.upload(row(URL), row("http://good.example/gone"), row("http://good.example/new"), parent_id=first.id)
+    second = gallery.done(kept)
+    assert (second.status, second.parent_id, codes(second)) == ("processed", first.id, {"image_converted": 3})
+    asked = [head.split(b" ")[1] for head in gallery.internet.requests[2:]]
+    assert sorted(asked) == [b"/gone", b"/new"], "what is stored is not fetched again, what failed is"
+    gallery.service.delete(PROJECT, first.id)
+    assert gallery.image(gallery.manifest(second)[0])
+    third = gallery.upload(row(URL), parent_id=second.id)
+    gallery.service.delete(PROJECT, second.id)
+    assert (gallery.done(third).status, len(gallery.internet.requests)) == ("processed", 5), (
+        "its parent is gone: fetched"
+    )
+
+
 # --- faults
 
 
@@ -490,10 +515,26 @@ def test_the_command_lines_check_decodes_and_fetches_only_when_it_may(tmp_path: 
     assert offline.statistics["image_files"]["count"] == 2 and problems.read_bytes().count(b"\n") == 1
     online = Report(kind="image_understanding", rows=4)
     heard: list[int] = []
-    egress = Egress(resolve=internet.resolve, connect=internet.connect)
-    check_images(path, online, 10**6, egress=egress, progress=heard.append)
+    reach = Egress(resolve=internet.resolve, connect=internet.connect)
+    check_images(path, online, 10**6, egress=reach, progress=heard.append)
     assert online.counts == {"image_not_fetched": 1, "invalid_image": 1}
     assert online.statistics["image_files"]["count"] == 4 == heard[-1]
     text = Report(kind="chat")
-    check_images(path, text, 10**6, egress=egress)
+    check_images(path, text, 10**6, egress=reach)
     assert text == Report(kind="chat")
+
+
+@pytest.mark.parametrize(("fetch", "found"), [(False, {}), (True, {"url_not_allowed": 1})])
+def test_the_command_fetches_images_only_if_it_is_told_to(
+    tmp_path: Path, internet: SmallInternet, monkeypatch: pytest.MonkeyPatch, fetch: bool, found: dict[str, int]
+) -> None:
+    monkeypatch.setattr(egress, "_resolve", internet.resolve)
+    monkeypatch.setattr(egress, "_connect", internet.connect)
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(file(row(data_uri(picture())), row("http://good.example/to-loopback")))
+    options = ["--fetch-images"] if fetch else []
+    done = CliRunner().invoke(app, ["validate", str(path), "--json", *options])
+    shown = json.loads(done.output)
+    assert {code: count for code, count in shown["report"]["counts"].items() if code != "few_rows"} == found
+    assert done.exit_code == (1 if fetch else 0) and internet.hits == 0
+    assert bool(internet.asked) == fetch

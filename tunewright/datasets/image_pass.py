@@ -27,6 +27,7 @@ from tunewright.datasets.problem_list import BLOB_BYTES, read_problems, sort_by_
 from tunewright.datasets.records import File
 from tunewright.datasets.report import MAX_PROBLEMS, json_pointer
 from tunewright.datasets.uploads import check_room
+from tunewright.errors import NotFound
 from tunewright.i18n import mark
 from tunewright.settings import Settings
 
@@ -70,6 +71,8 @@ def image_lines(
                 media_type=outcome.media_type,
                 size_bytes=outcome.size_bytes,
                 detail=reference.detail,
+                source=reference.key.hex(),
+                changed=outcome.changed,
             )
             yield msgspec.json.encode(placed) + b"\n"
 
@@ -121,14 +124,17 @@ class ImagePass:
     def _obtain_all(
         self, obtainer: Obtainer, blobs_lock: threading.RLock, stopping: threading.Event
     ) -> dict[bytes, Outcome]:
-        outcomes = self._read_journal()
+        outcomes, inherited = self._read_journal(), self._inherited()
         size = sum({outcome.sha256: outcome.size_bytes for outcome in outcomes.values()}.values())
         stored = {outcome.sha256 for outcome in outcomes.values()}
         doing: dict[Future[Outcome], tuple[bytes, int]] = {}
 
-        def one(url: str) -> Outcome:
+        def one(key: bytes, url: str) -> Outcome:
             if stopping.is_set():
                 raise Stopped
+            known = inherited.get(key)
+            if known is not None and self._take_over(known, blobs_lock):
+                return known
             return self._obtain_one(url, obtainer, blobs_lock)
 
         with self._journal.open("ab") as journal, ThreadPoolExecutor(_FETCHES, "fetch") as threads:
@@ -160,7 +166,7 @@ class ImagePass:
                     if size > self._settings.max_image_bytes_per_file:
                         outcomes[key] = Outcome(code="too_many_image_bytes")
                     else:
-                        doing[threads.submit(one, reference.url)] = (key, reference.line)
+                        doing[threads.submit(one, key, reference.url)] = (key, reference.line)
                 while doing:
                     settle()
             except BaseException:
@@ -184,6 +190,38 @@ class ImagePass:
         finally:
             path.unlink(missing_ok=True)
         return outcome
+
+    def _inherited(self) -> dict[bytes, Outcome]:
+        """What is known from the file that this one was made of, if it was: nothing is fetched twice for a repair or a split."""
+        if self._file.parent_id is None:
+            return {}
+        known: dict[bytes, Outcome] = {}
+        rest = b""
+        try:
+            for chunk in self._blobs.read(manifest_key(self._file.project_id, self._file.parent_id)):
+                *lines, rest = (rest + chunk).split(b"\n")
+                for line in lines:
+                    placed = msgspec.json.decode(line, type=Placed)
+                    known[bytes.fromhex(placed.source)] = Outcome(
+                        sha256=placed.sha256,
+                        size_bytes=placed.size_bytes,
+                        width=placed.width,
+                        height=placed.height,
+                        media_type=placed.media_type,
+                        changed=placed.changed,
+                    )
+        except NotFound:
+            pass  # it had no images, or is gone
+        return known
+
+    def _take_over(self, known: Outcome, blobs_lock: threading.RLock) -> bool:
+        """Refer to an image that is stored already; False if it has gone meanwhile."""
+        with blobs_lock, self._storage.write() as tx:
+            if not tx.images.used(self._file.project_id, known.sha256):
+                return False
+            if not tx.images.add(self._file.project_id, self._file.id, known.sha256):
+                raise FileDeleted
+        return True
 
     def _read_journal(self) -> dict[bytes, Outcome]:
         """What an earlier server did. Its last line may be torn."""

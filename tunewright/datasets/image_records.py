@@ -39,9 +39,13 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     status: int | None = None
 
 
-class Placed(msgspec.Struct, frozen=True, kw_only=True):
-    """One line of a manifest (`image-manifests/{project}/{file}`, JSON lines in the order of the rows): which stored image
-    (`images/{project}/{sha256}`) stands at `pointer` of row `line`. `detail` is the caller's word (low, high, auto)."""
+class Placed(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One line of a manifest (`image-manifests/{project}/{file}.jsonl`, in the order of the rows): which stored image
+    (`images/{project}/{sha256}`) stands at `pointer` of row `line`.
+
+    `detail` is the caller's word (low, high, auto), `source` a hash of the address or base64 in the row: a version made from
+    this file takes over what it knows by it. `changed` is as in `Decoded`.
+    """
 
     line: int
     pointer: str
@@ -51,3 +55,5 @@ class Placed(msgspec.Struct, frozen=True, kw_only=True):
     media_type: str
     size_bytes: int
     detail: str | None = None
+    source: str = ""
+    changed: tuple[str, ...] = ()
