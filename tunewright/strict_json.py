@@ -251,6 +251,8 @@ _SYNTAX = {
     "key": mark("line {line}, column {column}: not valid JSON: a key in double quotes is expected"),
     "value": mark("line {line}, column {column}: not valid JSON: a value is expected"),
 }
+SYNTAX_SENTENCES = _SYNTAX
+"""Why a text is not JSON: the `reason` of an `invalid_json` -> its sentence, with places for `line` and `column`."""
 _PYTHON_WORD = re.compile(r"True|False|None|TRUE|FALSE|NULL|Null|undefined|nan|inf")
 
 

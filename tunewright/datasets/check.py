@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from tunewright.datasets import fingerprints
+from tunewright.datasets import documents, fingerprints
 from tunewright.datasets.fingerprints import Again, Known
 from tunewright.datasets.messages import IMAGE_GENERATION, IMAGE_UNDERSTANDING
 from tunewright.datasets.parts import read_in_parts, run_in_child
@@ -63,14 +63,18 @@ def check(
         head = stream.read(HEAD_BYTES)
         verdict = sniff(head, whole=len(head) == size)
         if verdict is not None:
-            reporter.add("error", verdict.code, verdict.message, **verdict.values)
-            return reporter.report(None, 0, size)
+            reporter.add("error", verdict.code, verdict.message, patch=verdict.patch, **verdict.values)
+            kind, rows = None, 0
+            if verdict.documents:
+                stream.seek(0)
+                training = purpose in FINE_TUNE_PURPOSES
+                kind, rows = documents.check(stream, reporter, limits.max_line_bytes, training=training)
+            return reporter.report(kind, rows, size)
         begin = 0
         if head.startswith(codecs.BOM_UTF8):
             begin = len(codecs.BOM_UTF8)
-            reporter.add(
-                "warning", "byte_order_mark", mark("The file begins with a byte order mark (BOM); it is dropped.")
-            )
+            sentence = mark("The file begins with a byte order mark (BOM); it is dropped.")
+            reporter.add("warning", "byte_order_mark", sentence, patch=Patch(rewrite="utf8"))
         known = _known_rows(against, purpose, limits) if against is not None and depth.compare else None
         scan = Scan(reporter, purpose, limits, depth)
         told = None if progress is None else lambda done: progress(begin + done, size)

@@ -3,8 +3,8 @@
 from typing import Any, NamedTuple
 
 from tunewright import strict_json
-from tunewright.datasets import hints, messages, preferences
-from tunewright.datasets.report import Row, json_type
+from tunewright.datasets import hints, importers, mending, messages, preferences
+from tunewright.datasets.report import Edit, Patch, Row, json_type
 from tunewright.errors import InvalidRequest
 from tunewright.i18n import mark
 
@@ -38,7 +38,7 @@ def check_line(row: Row, data: bytes, *, training: bool, texts: bool = True) -> 
     """
     data = without_return(row, data)
     if not data or data.isspace():
-        row.warn("blank_line", mark("line {line} is blank and is skipped"), ())
+        row.warn("blank_line", mark("line {line} is blank and is skipped"), (), patch=Patch(drop=True))
         return Checked(blank=True)
     try:
         value = strict_json.loads(data)
@@ -56,7 +56,8 @@ def without_return(row: Row, data: bytes) -> bytes:
     """`data` without a CR at its end, for which there is a warning."""
     if not data.endswith(b"\r"):
         return data
-    row.warn("crlf", mark("line {line} ends in CR LF; LF alone is usual"), ())
+    patch = Patch(edits=(Edit(offset=len(data) - 1, length=1, text=""),))
+    row.warn("crlf", mark("line {line} ends in CR LF; LF alone is usual"), (), patch=patch)
     return data[:-1]
 
 
@@ -86,12 +87,14 @@ _JSON_SENTENCES = {
 def _report_json(row: Row, data: bytes, error: InvalidRequest) -> None:
     values: dict[str, Any] = {name: value for name, value in error.values.items() if name not in ("line", "offset")}
     offset = row.byte_offset + _number(error.values.get("offset"))
+    patch: Patch | None = None
     if values.get("reason") == "not_utf8":
         if _looks_like_gb18030(data):
             sentence = mark(
                 "line {line}, byte {offset} of the file is not UTF-8; it looks like {encoding}: save as UTF-8"
             )
             values["encoding"] = "GB18030 (GBK)"
+            patch = Patch(rewrite="utf8")
         else:
             sentence = mark("line {line}, byte {offset} of the file is not UTF-8")
         code = "invalid_encoding"
@@ -99,7 +102,8 @@ def _report_json(row: Row, data: bytes, error: InvalidRequest) -> None:
     else:
         code = error.code
         sentence = _JSON_SENTENCES.get(code, error.message)
-    row.reporter.add("error", code, sentence, line=row.line, byte_offset=offset, **values)
+        patch = mending.mend(data) if code == "invalid_json" else None
+    row.reporter.add("error", code, sentence, line=row.line, byte_offset=offset, patch=patch, **values)
 
 
 def _number(value: object) -> int:
@@ -121,9 +125,11 @@ def _looks_like_gb18030(data: bytes) -> bool:
 
 def _report_other_style(row: Row, value: dict[str, Any]) -> None:
     """Neither `messages` nor a preference: say which other style it looks like, if one."""
+    converted = importers.row_of(value)
+    patch = None if converted is None else Patch(operations=({"op": "replace", "path": "", "value": converted},))
     for keys, style in _OTHER_STYLES:
         if keys <= value.keys():
             sentence = mark("line {line} is written in the style {style}; expected: {example}")
-            row.error("wrong_format", sentence, (), style=style, example='{"messages": [...]}')
+            row.error("wrong_format", sentence, (), patch=patch, style=style, example='{"messages": [...]}')
             return
-    row.missing(("messages",))
+    row.error("missing_field", mark("line {line}, {field} is missing"), ("messages",), patch=patch)

@@ -5,6 +5,7 @@ import re
 from typing import Any, NamedTuple
 
 from tunewright import strict_json
+from tunewright.datasets.report import Patch
 from tunewright.errors import InvalidRequest
 from tunewright.i18n import mark
 
@@ -36,6 +37,7 @@ _MAGIC = (
     (b"GGUF", "GGUF"),
 )
 _SPACE = b" \t\r\n"
+_ONE_ROW_PER_LINE = Patch(rewrite="one_row_per_line")
 
 
 class Verdict(NamedTuple):
@@ -44,6 +46,9 @@ class Verdict(NamedTuple):
     code: str
     message: str
     values: dict[str, Any]
+    patch: Patch | None = None
+    documents: bool = False
+    """Whether there are objects inside to be looked at (`documents.py`)."""
 
 
 def sniff(head: bytes, whole: bool) -> Verdict | None:
@@ -64,9 +69,8 @@ def sniff(head: bytes, whole: bool) -> Verdict | None:
 
 
 def _utf16() -> Verdict:
-    return Verdict(
-        "invalid_encoding", mark("The file must be UTF-8; it looks like {encoding}."), {"encoding": "UTF-16"}
-    )
+    sentence = mark("The file must be UTF-8; it looks like {encoding}.")
+    return Verdict("invalid_encoding", sentence, {"encoding": "UTF-16"}, Patch(rewrite="utf8"))
 
 
 def _unsupported(name: str) -> Verdict:
@@ -88,9 +92,8 @@ def _text_fault(text: bytes, whole: bool) -> Verdict | None:
     """Text that is not one object per line. `text` begins with its first byte that is not white space."""
     first, newline, rest = text.partition(b"\n")
     if not newline and b"\r" in text.rstrip(_SPACE):
-        return Verdict(
-            "not_jsonl", mark("The lines end in CR alone (old Macintosh); one JSON object per line is expected."), {}
-        )
+        sentence = mark("The lines end in CR alone (old Macintosh); one JSON object per line is expected.")
+        return Verdict("not_jsonl", sentence, {}, _ONE_ROW_PER_LINE)
     first = first.rstrip(_SPACE)
     if first.startswith((b"{", b"[")):
         return _bracket_fault(first, rest.lstrip(_SPACE), complete=bool(newline) or whole)
@@ -107,12 +110,24 @@ def _text_fault(text: bytes, whole: bool) -> Verdict | None:
     return None
 
 
+def _goes_on(second: bytes) -> bool:
+    """Whether the second line belongs to an object of the first: unless it looks like a row of its own."""
+    line = second.partition(b"\n")[0].rstrip(_SPACE)
+    return (
+        not line.startswith(b"{")
+        or line in (b"{", b"{}")
+        or (line.endswith(b",") and len(line) < len(second.rstrip(_SPACE)))
+    )
+
+
 def _bracket_fault(first: bytes, second: bytes, complete: bool) -> Verdict | None:
     """One JSON array, or one object spread over many lines."""
     array = Verdict(
         "not_jsonl",
         mark("The file is one JSON array; write one object per line, without brackets and commas around."),
         {},
+        _ONE_ROW_PER_LINE,
+        documents=True,
     )
     if not complete:  # the first line alone is over a megabyte
         return array if re.match(rb"\[\s*\{", first) else None
@@ -121,10 +136,9 @@ def _bracket_fault(first: bytes, second: bytes, complete: bool) -> Verdict | Non
     except InvalidRequest as error:
         if first.startswith(b"["):
             return array if error.values.get("reason") == "cut_off" or re.match(rb"\[\s*\{", first) else None
-        if error.values.get("reason") == "cut_off" and second and not second.startswith(b"{"):
-            return Verdict(
-                "not_jsonl", mark("The JSON is spread over many lines; write each object on a line of its own."), {}
-            )
+        if error.values.get("reason") == "cut_off" and second and _goes_on(second):
+            sentence = mark("The JSON is spread over many lines; write each object on a line of its own.")
+            return Verdict("not_jsonl", sentence, {}, _ONE_ROW_PER_LINE, documents=True)
         return None
     if isinstance(value, list) and (not second or any(isinstance(item, dict) for item in value)):
         return array
