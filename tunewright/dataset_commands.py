@@ -19,6 +19,7 @@ from pydantic import ValidationError
 from tunewright.datasets import terminal
 from tunewright.datasets.records import PURPOSES
 from tunewright.errors import InvalidRequest, Misconfigured, TunewrightError, quote
+from tunewright.files_on_disk import fsync_file
 from tunewright.i18n import mark, translate
 from tunewright.settings import HomeFolder, Settings
 
@@ -147,6 +148,48 @@ def convert(
         else:
             terminal.print_converted(terminal.console(), output, converted, tongue)
     if (converted.skipped and not skip_bad) or not converted.written:
+        raise typer.Exit(EXIT_DATA)
+
+
+@app.command()
+def repair(
+    file: Source,
+    output: Target,
+    purpose: Purpose = "fine-tune",
+    code: Annotated[list[str] | None, typer.Option(help="Mend problems of this code alone; repeat it")] = None,
+    line: Annotated[list[int] | None, typer.Option(min=1, help="Mend this line alone; repeat it")] = None,
+    drop_bad_rows: Annotated[
+        bool, typer.Option("--drop-bad-rows", help="Leave out rows that still have errors")
+    ] = False,
+    force: Force = False,
+    as_json: AsJson = False,
+    language: Language = None,
+) -> None:
+    """Apply the mends that are certain and write the result to another file."""
+    from tunewright.datasets.repair import Choice
+    from tunewright.datasets.repair import repair as repair_file
+
+    with _explained(language) as settings:
+        tongue = language or settings.language
+        _check_purpose(purpose)
+        _check_source(file)
+        _check_target(output, force, file)
+        choice = Choice(
+            codes=frozenset(code) if code else None,
+            lines=frozenset(line) if line else None,
+            drop_bad_rows=drop_bad_rows,
+        )
+        with tempfile.TemporaryDirectory(prefix=".tunewright-", dir=output.parent) as folder:
+            mended = Path(folder) / "mended.jsonl"
+            repaired = repair_file(file, mended, purpose, settings, choice)
+            fsync_file(mended)
+            os.replace(mended, output)
+        if as_json:
+            counts = {"patched": repaired.patched, "dropped": repaired.dropped, "left": repaired.left}
+            typer.echo(json.dumps(counts))
+        else:
+            terminal.print_repaired(terminal.console(), output, repaired, tongue)
+    if repaired.left:
         raise typer.Exit(EXIT_DATA)
 
 

@@ -342,6 +342,40 @@ def test_parquet_without_its_package_says_what_to_install(monkeypatch: pytest.Mo
     assert "pip install 'tunewright[parquet]'" in run("convert", "given.parquet", "-o", "o", exit_code=78).stderr
 
 
+# repair
+
+
+def test_certain_mends_are_written_to_another_file() -> None:
+    short, other = turns("a", ""), turns("c", "d")
+    put("rows.jsonl", lines(other, STYLES["alpaca"], other, short))
+    shown = run("repair", "rows.jsonl", "-o", "out.jsonl", exit_code=1).stdout
+    assert "✓ Wrote out.jsonl. Rows mended: 1, left out: 1" in shown
+    assert "✗ Rows that still have errors: 1. --drop-bad-rows" in shown
+    assert rows("out.jsonl") == [other, GOOD, short]
+    zh = run("repair", "rows.jsonl", "-o", "out.jsonl", "--force", "--drop-bad-rows", "--language", "zh").stdout
+    assert "去掉 2 行" in zh
+    assert rows("out.jsonl") == [other, GOOD]
+    assert rows("rows.jsonl") == [other, STYLES["alpaca"], other, short]
+
+
+def test_a_repair_can_be_of_some_codes_and_lines() -> None:
+    put("rows.jsonl", lines(turns("a", "b"), STYLES["alpaca"], STYLES["alpaca"], turns("a", "b")))
+    words = ["repair", "rows.jsonl", "-o", "out.jsonl", "--force", "--json"]
+    found = json.loads(run(*words, "--line", "2", exit_code=1).stdout)
+    assert (found["patched"], found["dropped"], found["left"]) == (1, 0, 1)
+    assert rows("out.jsonl") == [turns("a", "b"), GOOD, STYLES["alpaca"], turns("a", "b")]
+    found = json.loads(run(*words, "--code", "duplicate_row", exit_code=1).stdout)
+    assert found["patched"] == 0
+    assert rows("out.jsonl").count(turns("a", "b")) == 1
+
+
+def test_an_array_is_mended_into_lines(folder: Path) -> None:
+    put("rows.json", json.dumps([GOOD, turns("a", "b")], indent=1).encode())
+    run("repair", "rows.json", "-o", "out.jsonl")
+    assert rows("out.jsonl") == [GOOD, turns("a", "b")]
+    assert sorted(path.name for path in folder.iterdir()) == ["out.jsonl", "rows.json"]
+
+
 # split
 
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from tunewright.datasets.convert import Converted
     from tunewright.datasets.preview import ShownExample
+    from tunewright.datasets.repair import Repaired
     from tunewright.datasets.report import Report
 
 _LINES_SHOWN = 6
@@ -318,3 +319,13 @@ def print_preview(console: "Console", examples: "list[ShownExample]", language: 
             listed = ", ".join(str(number) for number in example.untrained_messages)
             sentence = mark("the base's template has no place to train these answers: messages {listed}")
             say(console, "!", "yellow", sentence, language, listed=listed)
+
+
+def print_repaired(console: "Console", output: Path, repaired: "Repaired", language: str) -> None:
+    """What a repair did, and what it had to leave."""
+    sentence = mark("Wrote {path}. Rows mended: {patched}, left out: {dropped}")
+    counts = {"patched": f"{repaired.patched:,}", "dropped": f"{repaired.dropped:,}"}
+    say(console, "✓", "green", sentence, language, path=output, **counts)
+    if repaired.left:
+        sentence = mark("Rows that still have errors: {left}. --drop-bad-rows leaves them out.")
+        say(console, "✗", "red", sentence, language, left=f"{repaired.left:,}")
