@@ -11,6 +11,7 @@ from tunewright.clock import mono_s
 from tunewright.completions.service import CompletionService
 from tunewright.datasets.parted_uploads import PartedUploads
 from tunewright.datasets.service import DatasetService
+from tunewright.datasets.token_service import TokenService
 from tunewright.deployments.pool import Pool
 from tunewright.errors import Misconfigured, TunewrightError, Unavailable
 from tunewright.i18n import mark
@@ -40,6 +41,8 @@ class Platform:
         self.accounts = AccountService(self.storage, self.home, settings)
         self.datasets = DatasetService(self.storage, self.blobs, self.home, settings)
         self.uploads = PartedUploads(self.storage, self.datasets, self.home, settings)
+        self.tokens = TokenService(self.blobs, self.home, settings)
+        self.datasets.on_delete = self.tokens.forget
         self.catalogue = Catalogue(self.home)
         self.models = ModelService(self.storage, self.catalogue, self.home)
         self.jobs = JobService(self.storage, self.catalogue, self.models, self.home, settings)
@@ -74,6 +77,7 @@ class Platform:
         self._take_lock()
         self.prepare()
         self.datasets.sweep()
+        self.tokens.sweep()
         self.uploads.sweep()
         self.jobs.sweep()
         self.models.sweep()
@@ -87,6 +91,7 @@ class Platform:
         """End the control loop and the engines; trainers as `settings.on_shutdown` says. Safe to call twice."""
         self.stopping.set()
         self.controller.stop()
+        self.tokens.stop()
         self.datasets.images.stop()
         if self._lock is not None:  # only who holds the home may end what runs in it
             self.pool.stop()

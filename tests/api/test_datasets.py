@@ -418,3 +418,80 @@ async def test_a_client_that_leaves_ends_the_check(world: World, monkeypatch: py
     await asyncio.wait_for(world.app(scope, receive, send), 60)
     assert ended.is_set()
     assert left_behind(world) == before
+
+
+MENDABLE = '{"messages":[{"role":"human","content":"x"},{"role":"gpt","content":"y"}],}'
+
+
+async def repair(client: httpx.AsyncClient, file_id: str, status: int = 201, **body: Any) -> dict[str, Any]:
+    answer = await client.post(f"/api/v1/datasets/{file_id}/repair", json=body)
+    assert answer.status_code == status, answer.text
+    return answer.json()
+
+
+async def test_a_repair_is_a_new_version(client: httpx.AsyncClient) -> None:
+    data = lines(row("first"), MENDABLE, BAD.replace("boss", "nobody"), row("last"))
+    old = await create(client, data)
+    new = await repair(client, old["id"])
+    assert (new["parent_id"], new["version"], new["status"], new["rows"]) == (old["id"], 2, "error", 4)
+    assert new["origin"] == {"made_by": "repair", "patched": 1, "dropped": 0, "left": 1}
+    assert [problem["line"] for problem in new["report"]["problems"] if problem["severity"] == "error"] == [3]
+    found, _ = await all_rows(client, new["id"])
+    assert [message["role"] for message in found[1]["row"]["messages"]] == ["user", "assistant"]
+    assert (await client.get(f"/v1/files/{old['id']}/content")).content == data, "never in place"
+    clean = await repair(client, new["id"], drop_bad_rows=True)
+    assert (clean["version"], clean["status"], clean["rows"]) == (3, "processed", 3)
+    assert clean["origin"] == {"made_by": "repair", "patched": 0, "dropped": 1, "left": 0}
+    relations = [each["relation"] for each in (await get(client, f"{clean['id']}/versions"))["data"]]
+    assert relations == ["ancestor", "ancestor", "self"]
+
+
+async def test_a_repair_may_be_of_some_codes_and_lines(client: httpx.AsyncClient) -> None:
+    old = await create(client, lines(row("first"), MENDABLE, MENDABLE))
+    code = old["report"]["problems"][0]["code"]
+    assert (await repair(client, old["id"], lines=[3]))["origin"]["patched"] == 1
+    assert (await repair(client, old["id"], codes=[code]))["origin"]["patched"] == 2
+    for body in ({"lines": [1]}, {"codes": ["file_empty"]}, {"codes": [], "lines": [2]}):
+        answer = await repair(client, old["id"], 400, **body)
+        assert answer["error"]["code"] == "nothing_to_repair"
+
+
+async def test_a_repair_that_is_sent_twice_happens_once(client: httpx.AsyncClient) -> None:
+    file_id = (await create(client, lines(row("first"), MENDABLE)))["id"]
+    send: dict[str, Any] = {"json": {}, "headers": {"Idempotency-Key": f"repair-{file_id}"}}
+    first, again = [(await client.post(f"/api/v1/datasets/{file_id}/repair", **send)).json() for _ in range(2)]
+    assert first == again and first["version"] == 2
+    send["json"] = {"drop_bad_rows": True}
+    assert (await client.post(f"/api/v1/datasets/{file_id}/repair", **send)).status_code == 422
+
+
+async def test_nothing_is_left_of_a_repair_that_fails(client: httpx.AsyncClient, world: World) -> None:
+    good = (await create(client, lines(*[row(str(i)) for i in range(3)])))["id"]
+    hopeless = (await create(client, lines(BAD, BAD)))["id"]
+    before = left_behind(world)
+    assert (await repair(client, good, 400))["error"]["code"] == "nothing_to_repair"
+    assert (await repair(client, hopeless, 400, drop_bad_rows=True))["error"]["code"] == "file_empty"
+    async with world.client(world.other_key) as theirs:
+        assert (await repair(theirs, good, 404))["error"]["code"] == "file_not_found"
+    assert left_behind(world) == before
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"codes": "invalid_role"}, "codes"),
+        ({"codes": [1]}, "codes[0]"),
+        ({"codes": ["x" * 65]}, "codes[0]"),
+        ({"codes": ["x"] * 201}, "codes"),
+        ({"lines": [0]}, "lines[0]"),
+        ({"lines": ["1"]}, "lines[0]"),
+        ({"lines": [True]}, "lines[0]"),
+        ({"drop_bad_rows": 1}, "drop_bad_rows"),
+        ({"patches": []}, "patches"),
+    ],
+)
+async def test_odd_repairs_are_refused(client: httpx.AsyncClient, body: dict[str, Any], param: str) -> None:
+    file_id = (await create(client, lines(GOOD)))["id"]
+    error = (await repair(client, file_id, 400, **body))["error"]
+    assert error["param"] == param
+    assert len(error["message"]) < 300

@@ -29,6 +29,7 @@ from tunewright.errors import InvalidRequest
 from tunewright.storage import Storage, Transaction, tables
 
 DATASETS = ("fine-tune",)
+IMAGE = "0" * 64
 TENANT_TABLES = sorted(name for name, table in tables.metadata.tables.items() if "project_id" in table.columns)
 
 # Methods that serve the operator, the authentication gate or control loops; everything else is a tenant's.
@@ -37,6 +38,7 @@ NOT_OF_A_TENANT = {
     ("projects", "get"),
     ("projects", "all"),
     ("keys", "find"),
+    ("images", "processing"),
     ("jobs", "unfinished"),
     ("jobs", "deleted"),
     ("models", "gone"),
@@ -66,6 +68,7 @@ class Rows:
         with storage.write() as tx:
             tx.keys.insert(self.key)
             tx.files.insert(self.file)
+            tx.images.add(self.project_id, self.file.id, IMAGE)
             tx.uploads.insert(self.upload)
             tx.uploads.add_part(self.part)
             tx.jobs.insert(self.job)
@@ -102,6 +105,7 @@ def reads(project_id: str, rows: Rows) -> dict[tuple[str, str], list[Callable[[T
             ),
         ],
         ("files", "children"): [lambda tx: tx.files.children(p, "file-parent", limit=9)],
+        ("images", "used"): [lambda tx: tx.images.used(p, IMAGE)],
         ("jobs", "get"): [lambda tx: tx.jobs.get(p, j)],
         ("jobs", "list"): [
             lambda tx: tx.jobs.list(p, after=None, limit=9),
@@ -128,6 +132,9 @@ def writes(project_id: str, rows: Rows) -> dict[tuple[str, str], list[Callable[[
         ("keys", "insert"): [lambda tx: tx.keys.insert(api_key(p))],
         ("keys", "revoke"): [lambda tx: tx.keys.revoke(p, rows.key.id, NOON)],
         ("files", "insert"): [lambda tx: tx.files.insert(file(p))],
+        ("images", "add"): [lambda tx: tx.images.add(p, rows.file.id, "1" * 64)],
+        ("images", "change"): [lambda tx: tx.images.change(changed(rows.file, **as_ours), rows=9)],
+        ("images", "remove"): [lambda tx: tx.images.remove(p, rows.file.id)],
         ("files", "delete"): [lambda tx: tx.files.delete(p, rows.file.id)],
         ("uploads", "insert"): [lambda tx: tx.uploads.insert(parted_upload(p))],
         ("uploads", "change"): [lambda tx: tx.uploads.change(changed(rows.upload, **as_ours), status="expired")],
@@ -241,6 +248,9 @@ def test_nobody_changes_what_others_have(storage: Storage, ours: Project, theirs
     strangers = [
         ("keys", "revoke"),
         ("files", "delete"),
+        ("images", "add"),
+        ("images", "change"),
+        ("images", "remove"),
         ("uploads", "change"),
         ("uploads", "drop_parts"),
         ("jobs", "change"),

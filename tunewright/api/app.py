@@ -19,6 +19,8 @@ from tunewright.api.auth import Gate
 from tunewright.api.body import BodyLimits
 from tunewright.api.errors import from_http_exception, from_validation
 from tunewright.api.limits import RefusedKeys, RequestRate
+from tunewright.api.native import dataset_tokens as native_dataset_tokens
+from tunewright.api.native import datasets as native_datasets
 from tunewright.api.native import health
 from tunewright.api.native import jobs as native_jobs
 from tunewright.api.native import uploads as native_uploads
@@ -51,6 +53,8 @@ ROUTERS = (
     openai_models.router,
     openai_chat.router,
     native_uploads.router,
+    native_datasets.router,
+    native_dataset_tokens.router,
     native_jobs.router,
     health.router,
 )

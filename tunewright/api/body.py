@@ -46,7 +46,7 @@ class BodyLimits:
 
     def _limit(self, scope: Scope) -> tuple[str, int]:
         settings, path = self._settings, scope["path"]
-        if scope["method"] == "POST" and path.endswith("/files"):
+        if scope["method"] == "POST" and path.endswith(("/files", "/v1/datasets")):
             return "file_too_large", settings.max_file_bytes + MULTIPART_SLACK_BYTES
         if scope["method"] == "POST" and path.endswith("/parts"):
             return "part_too_large", settings.max_part_bytes + MULTIPART_SLACK_BYTES

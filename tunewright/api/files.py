@@ -1,23 +1,24 @@
 """Files over HTTP: what both dialects share."""
 
 from collections.abc import AsyncGenerator, Iterator
-from typing import Annotated
+from typing import Annotated, Any
 from urllib.parse import quote as percent_encoded
 
 from fastapi import APIRouter, Header, Query, Request
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import StreamingResponse
 
+from tunewright.api.access import exchange_of
 from tunewright.api.answers import Json
 from tunewright.api.auth import CallerOf
 from tunewright.api.body import router_at
 from tunewright.api.idempotency import UploadIdempotencyOf
 from tunewright.api.lists import After, Ascending, Limit, clamped, page
-from tunewright.api.multipart import boundary_of, read_form
 from tunewright.api.ranges import wanted_range
+from tunewright.api.receiving import receive_file
 from tunewright.api.renderings import file_object
 from tunewright.api.services import DatasetsOf
-from tunewright.api.threads import to_the_end
+from tunewright.datasets.records import File
 
 MOST_FILES = 10_000
 
@@ -29,7 +30,11 @@ _UPLOAD_SCHEMA = {
                 "schema": {
                     "type": "object",
                     "required": ["purpose", "file"],
-                    "properties": {"purpose": {"type": "string"}, "file": {"type": "string", "format": "binary"}},
+                    "properties": {
+                        "purpose": {"type": "string"},
+                        "file": {"type": "string", "format": "binary"},
+                        "on_problems": {"enum": ["refuse", "keep"]},
+                    },
                 }
             }
         },
@@ -58,19 +63,14 @@ class FileRoutes:
     async def create(
         self, request: Request, caller: CallerOf, datasets: DatasetsOf, idempotency: UploadIdempotencyOf
     ) -> Json:
-        """Upload a file. It is checked row by row; what is wrong with it leaves nothing behind."""
-        boundary_of(request)  # before the disk is touched
-        upload = await run_in_threadpool(datasets.begin_upload, caller.project_id)
-        try:
-            form = await read_form(request, upload)
-            file = await to_the_end(upload.finish, form.filename or "", form.fields["purpose"], idempotency=idempotency)
-        except BaseException:
-            upload.abort()  # unlinks a file; quick enough for the loop, and a cancelled task can't wait for a thread
-            raise
-        return Json(file_object(file))
+        """Upload a file. It is checked row by row; what is wrong with it leaves nothing behind, unless `on_problems` is
+        `keep`."""
+        file = await receive_file(request, caller.project_id, datasets, idempotency)
+        return Json(_shown(request, file))
 
     def list_files(
         self,
+        request: Request,
         caller: CallerOf,
         datasets: DatasetsOf,
         after: After,
@@ -83,11 +83,11 @@ class FileRoutes:
         found, more = datasets.list(
             caller.project_id, purpose=purpose or None, after=after, limit=size, ascending=ascending
         )
-        return Json(page(found, more, file_object))
+        return Json(page(found, more, lambda file: _shown(request, file)))
 
-    def retrieve(self, file_id: str, caller: CallerOf, datasets: DatasetsOf) -> Json:
+    def retrieve(self, request: Request, file_id: str, caller: CallerOf, datasets: DatasetsOf) -> Json:
         """One file."""
-        return Json(file_object(datasets.get(caller.project_id, file_id)))
+        return Json(_shown(request, datasets.get(caller.project_id, file_id)))
 
     def delete(self, file_id: str, caller: CallerOf, datasets: DatasetsOf) -> Json:
         """Remove a file that no unfinished job uses."""
@@ -124,6 +124,10 @@ class FileRoutes:
             media_type="application/octet-stream",
             headers=headers,
         )
+
+
+def _shown(request: Request, file: File) -> dict[str, Any]:
+    return file_object(file, exchange_of(request.scope).language)
 
 
 async def _chunks(first: bytes, rest: Iterator[bytes]) -> AsyncGenerator[bytes, None]:

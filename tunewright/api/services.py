@@ -7,6 +7,7 @@ from fastapi import Depends, Request
 from tunewright.completions.service import CompletionService
 from tunewright.datasets.parted_uploads import PartedUploads
 from tunewright.datasets.service import DatasetService
+from tunewright.datasets.token_service import TokenService
 from tunewright.jobs.service import JobService
 from tunewright.models.service import ModelService
 from tunewright.wiring import Platform
@@ -24,6 +25,10 @@ async def _uploads(request: Request) -> PartedUploads:
     return request.app.state.platform.uploads
 
 
+async def _tokens(request: Request) -> TokenService:
+    return request.app.state.platform.tokens
+
+
 async def _jobs(request: Request) -> JobService:
     return request.app.state.platform.jobs
 
@@ -39,6 +44,7 @@ async def _completions(request: Request) -> CompletionService:
 PlatformOf = Annotated[Platform, Depends(_platform)]
 DatasetsOf = Annotated[DatasetService, Depends(_datasets)]
 UploadsOf = Annotated[PartedUploads, Depends(_uploads)]
+TokensOf = Annotated[TokenService, Depends(_tokens)]
 JobsOf = Annotated[JobService, Depends(_jobs)]
 ModelsOf = Annotated[ModelService, Depends(_models)]
 CompletionsOf = Annotated[CompletionService, Depends(_completions)]

@@ -1,6 +1,7 @@
 """How a file comes in, whoever made it: checked, its bytes stored, then its report, then the record that makes it visible."""
 
 import os
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -78,6 +79,16 @@ class Intake:
             yield path
         finally:
             path.unlink(missing_ok=True)
+
+    @contextmanager
+    def folder(self) -> Iterator[Path]:
+        """The same, a folder: for work by other processes, which may be killed beside half-written files."""
+        with self.temporary() as path:
+            path.mkdir(mode=0o700)
+            try:
+                yield path
+            finally:
+                shutil.rmtree(path)
 
     def check(self, data: Path, purpose: str, problems: Path, watch: Watch | None = None) -> Report:
         """The report on the rows of `data`; all that is wrong is written to `problems`. Raises Unavailable(`check_failed`)."""
@@ -184,9 +195,12 @@ class Intake:
 
     def sweep(self) -> None:
         """Remove what a crash left. Call it while no other server uses the home."""
-        for pattern in (f"{PART_PREFIX}*.part", f".{PART_PREFIX}*.tmp", f".{_CLAIM_PREFIX}*.tmp"):
+        for pattern in (f"{PART_PREFIX}*", f".{PART_PREFIX}*", f".{_CLAIM_PREFIX}*.tmp"):
             for path in self._home.temporary.glob(pattern):
-                path.unlink(missing_ok=True)
+                if path.is_dir():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink(missing_ok=True)
         for claim in Claim.left_over(self._home):
             with self._storage.read() as tx:
                 known = tx.files.get(claim.project_id, claim.file_id) is not None

@@ -1,6 +1,5 @@
 """New datasets made of old ones: mended, split, and the family they belong to. What is there is never changed in place."""
 
-from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -8,16 +7,17 @@ import msgspec
 
 from tunewright.datasets.blob_keys import content_key
 from tunewright.datasets.intake import Arrival, Intake, not_found
+from tunewright.datasets.parts import CheckLimits
 from tunewright.datasets.records import FINE_TUNE_PURPOSES, File
-from tunewright.datasets.splitting import split
+from tunewright.datasets.repair import Choice, Repaired
 from tunewright.datasets.uploads import Watch, check_room
+from tunewright.datasets.version_work import Order, run
 from tunewright.errors import Conflict, InvalidRequest
 from tunewright.i18n import mark
 from tunewright.settings import Settings
 
 if TYPE_CHECKING:
     from tunewright.accounts.idempotency import IdempotencyKey
-    from tunewright.datasets.repair import Choice
     from tunewright.storage import Blobs, Storage
 
 REPAIR_ROUTE = "POST /datasets/repair"
@@ -71,7 +71,7 @@ class Versions:
     def repair(
         self,
         file: File,
-        choice: "Choice",
+        choice: Choice,
         *,
         idempotency: "IdempotencyKey | None" = None,
         watch: Watch | None = None,
@@ -80,16 +80,14 @@ class Versions:
 
         Raises InvalidRequest(`nothing_to_repair`), Conflict(`file_not_ready`), RowsRefused if no row is left, StorageFull.
         """
-        from tunewright.datasets.repair import repair
-
         earlier = self._intake.earlier(file.project_id, REPAIR_ROUTE, idempotency)
         if earlier is not None:
             return earlier
         _check_ready(file)
-        with ExitStack() as stack:
-            source = self._source(file, stack)
-            target, problems = (stack.enter_context(self._intake.temporary()) for _ in range(2))
-            repaired = repair(source, target, file.purpose, self._settings, choice)
+        with self._intake.folder() as folder:
+            source = self._source(file, folder)
+            target, problems = folder / "mended", folder / "problems"
+            repaired = Repaired(*run(self._order(file, source, [target], choice=choice), watch))
             if not (repaired.patched or repaired.dropped):
                 raise InvalidRequest(
                     "nothing_to_repair",
@@ -135,23 +133,14 @@ class Versions:
         if earlier is not None:
             return self._both(earlier)
         _check_ready(file)
-        with ExitStack() as stack:
-            source = self._source(file, stack)
-            training, validation, *problems = (stack.enter_context(self._intake.temporary()) for _ in range(4))
-            split(
-                source,
-                training,
-                validation,
-                ratio=ratio,
-                seed=seed,
-                max_line_bytes=self._settings.max_line_bytes,
-            )
+        with self._intake.folder() as folder:
+            source = self._source(file, folder)
+            run(self._order(file, source, [folder / role for role in ROLES], ratio=ratio, seed=seed), watch)
             arrivals: list[Arrival] = []
             try:
-                for path, note, role in zip((training, validation), problems, ROLES, strict=True):
-                    arrivals.append(
-                        self._half(file, path, note, role, {"validation_ratio": ratio, "seed": seed}, watch)
-                    )
+                for role in ROLES:
+                    origin = {"made_by": "split", "role": role, "validation_ratio": ratio, "seed": seed}
+                    arrivals.append(self._half(file, folder / role, origin, watch))
             except BaseException:
                 for arrival in arrivals:
                     arrival.images.discard()
@@ -159,19 +148,24 @@ class Versions:
             arrivals = _introduced(arrivals)
             return self._both(self._intake.store(arrivals, SPLIT_ROUTE, idempotency))
 
-    def _half(
-        self, parent: File, path: Path, problems: Path, role: str, origin: dict[str, Any], watch: Watch | None
-    ) -> Arrival:
+    def _order(self, file: File, source: Path, targets: list[Path], **more: Any) -> Order:
+        limits = CheckLimits(self._settings.max_line_bytes, self._settings.min_training_rows)
+        return Order(
+            source=str(source), targets=[str(target) for target in targets], purpose=file.purpose, limits=limits, **more
+        )
+
+    def _half(self, parent: File, path: Path, origin: dict[str, Any], watch: Watch | None) -> Arrival:
+        problems = path.with_name(f"{path.name}-problems")
         return self._intake.arrival(
             path,
             problems,
             self._intake.check(path, parent.purpose, problems, watch),
             project_id=parent.project_id,
-            label=_label(parent.filename, role),
+            label=_label(parent.filename, path.name),
             purpose=parent.purpose,
             keep_problems=True,
             parent=parent,
-            origin={"made_by": "split", "role": role, **origin},
+            origin=origin,
         )
 
     def _both(self, training: File) -> Split:
@@ -183,10 +177,10 @@ class Versions:
             raise not_found(other)
         return Split(training, validation)
 
-    def _source(self, file: File, stack: ExitStack) -> Path:
+    def _source(self, file: File, folder: Path) -> Path:
         """A local copy of the file's bytes, never to be written to."""
-        source = stack.enter_context(self._intake.temporary())
-        check_room(source.parent, self._settings.min_free_disk_bytes + 2 * file.size_bytes)
+        source = folder / "source"
+        check_room(folder, self._settings.min_free_disk_bytes + 2 * file.size_bytes)
         self._blobs.local_copy(content_key(file.project_id, file.id), source)
         return source
 

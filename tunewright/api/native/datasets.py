@@ -26,6 +26,7 @@ from tunewright.datasets import export
 from tunewright.datasets.contents import ShownRow
 from tunewright.datasets.presentation import problem_object, stored_object, summary_object
 from tunewright.datasets.records import FINE_TUNE_PURPOSES, File
+from tunewright.datasets.repair import Choice
 from tunewright.datasets.uploads import KEEP
 
 MOST_DATASETS = 100
@@ -201,8 +202,6 @@ async def repair_dataset(
     idempotency: IdempotencyOf,
 ) -> Json:
     """Apply patches into a new version; the dataset itself stays as it is."""
-    from tunewright.datasets.repair import Choice
-
     file = await run_in_threadpool(datasets.dataset, caller.project_id, file_id)
     choice = Choice(
         codes=None if body.codes is None else frozenset(body.codes),
