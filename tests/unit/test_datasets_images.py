@@ -402,18 +402,32 @@ def test_a_pass_that_was_cut_off_goes_on_where_it_was(
     again.storage.close()
 
 
-def test_a_file_deleted_while_it_is_processed_leaves_nothing(gallery: Gallery, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("when", ["before it is stored", "images/", "image-manifests/"])
+def test_a_file_deleted_while_it_is_processed_leaves_nothing(
+    gallery: Gallery, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
     kept = gallery.upload(*(row(f"http://good.example/{i}") for i in range(6)))
-    obtain, seen = images.Obtainer.obtain, threading.Event()
+    obtain, put_file, seen = images.Obtainer.obtain, Blobs.put_file, threading.Event()
+    gallery.internet.body = picture(77, 77)
 
-    def deleting(self: images.Obtainer, url: str) -> Any:
-        answer = obtain(self, url)
-        if url.endswith("/3") and not seen.is_set():
+    def delete() -> None:
+        if not seen.is_set():
             seen.set()
             gallery.service.delete(PROJECT, kept.id)
+
+    def obtaining(self: images.Obtainer, url: str) -> Any:
+        answer = obtain(self, url)
+        if when == "before it is stored":
+            delete()
         return answer
 
-    monkeypatch.setattr(images.Obtainer, "obtain", deleting)
+    def putting(self: Blobs, key: str, path: Path) -> None:
+        if key.startswith(when):
+            delete()
+        put_file(self, key, path)
+
+    monkeypatch.setattr(images.Obtainer, "obtain", obtaining)
+    monkeypatch.setattr(Blobs, "put_file", putting)
     gallery.service.images.run_once()
     assert seen.is_set() and gallery.stored() == [] and gallery.leftovers() == []
     assert list(gallery.home.blobs.glob("*/*/*")) == []

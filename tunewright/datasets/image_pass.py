@@ -182,11 +182,17 @@ class ImagePass:
             return outcome
         project_id = self._file.project_id
         try:
-            with blobs_lock:  # reference first: an image without one may be deleted at any time
-                with self._storage.write() as tx:
-                    if not tx.images.add(project_id, self._file.id, outcome.sha256):
-                        raise FileDeleted
-                self._blobs.put_file(image_key(project_id, outcome.sha256), path)
+            # Reference first: who deletes unused images looks and deletes under this lock, and will find it in use.
+            with blobs_lock, self._storage.write() as tx:
+                if not tx.images.add(project_id, self._file.id, outcome.sha256):
+                    raise FileDeleted
+            self._blobs.put_file(image_key(project_id, outcome.sha256), path)
+            with blobs_lock, self._storage.read() as tx:
+                if not tx.images.used(
+                    project_id, outcome.sha256
+                ):  # the file went before the image was there to be deleted
+                    self._blobs.delete(image_key(project_id, outcome.sha256))
+                    raise FileDeleted
         finally:
             path.unlink(missing_ok=True)
         return outcome
