@@ -33,7 +33,7 @@ class Settings(BaseSettings):
     max_part_bytes: int = Field(default=64 * 2**20, ge=1, description="Largest part of an upload")
     max_upload_parts: int = Field(default=10_000, ge=1, description="Parts that one upload may have")
     max_open_uploads: int = Field(default=100, ge=1, description="Uploads in parts that one project may have open")
-    upload_expiry_s: int = Field(default=24 * 3600, ge=1, description="An upload in parts not completed by then is dropped")
+    upload_expiry_s: int = Field(default=24 * 3600, ge=1, description="An upload in parts is dropped after this")
     max_json_bytes: int = Field(default=2**20, description="Largest JSON body outside chat")
     max_chat_bytes: int = Field(default=20 * 2**20, description="Largest chat body")
     max_line_bytes: int = Field(default=4 * 2**20, description="Longest line of a data file")
@@ -102,7 +102,8 @@ class HomeFolder:
         """Create the folders that are missing; existing ones keep what they hold. Raises Misconfigured (`home_unusable`)."""
         try:
             self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
-            for folder in (self.blobs, self.bases, self.adapters, self.jobs, self.workers, self.temporary, self.uploads):
+            folders = (self.blobs, self.bases, self.adapters, self.jobs, self.workers, self.temporary, self.uploads)
+            for folder in folders:
                 folder.mkdir(mode=0o700, exist_ok=True)
         except OSError as error:
             raise Misconfigured(

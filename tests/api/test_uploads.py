@@ -69,6 +69,7 @@ async def test_an_uploads_whole_life(client: httpx.AsyncClient, prefix: str) -> 
         "file": None,
         "parts": 0,
         "received_bytes": 0,
+        "completing": None,
         "on_problems": "refuse",
     }
     address = f"{prefix}/uploads/{made['id']}"

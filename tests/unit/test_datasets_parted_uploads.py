@@ -248,6 +248,32 @@ def test_nobody_comes_in_while_an_upload_is_completed(dock: Dock, monkeypatch: p
     assert len(seen) == 3 * len(ids) and all(error.retryable for error in seen)
 
 
+def test_a_completion_says_how_far_it_is(dock: Dock, monkeypatch: pytest.MonkeyPatch) -> None:
+    upload_id = dock.create()
+    ids = dock.send_all(upload_id)
+    seen: list[float | None] = []
+    write = uploads.Upload.write
+
+    def writing(self: uploads.Upload, data: bytes) -> None:
+        seen.append(dock.service.get(PROJECT, upload_id).completing)
+        write(self, data)
+
+    def finishing(self: uploads.Upload, *args: Any, watch: Any, **rest: Any) -> Any:
+        seen.append(dock.service.get(PROJECT, upload_id).completing)
+        watch(3, 4)  # the check of a small file says nothing on its way
+        seen.append(dock.service.get(PROJECT, upload_id).completing)
+        return finish(self, *args, watch=watch, **rest)
+
+    finish = uploads.Upload.finish
+    monkeypatch.setattr(uploads.Upload, "write", writing)
+    monkeypatch.setattr(uploads.Upload, "finish", finishing)
+    done = dock.complete(upload_id, ids)
+    first, *numbers = seen
+    assert first is None and None not in numbers and len(numbers) == len(ids) + 1
+    assert numbers == sorted(numbers) and numbers[-2:] == [0.5, 0.875]  # type: ignore[type-var]
+    assert done.completing is None
+
+
 def test_parts_may_arrive_together(dock: Dock) -> None:
     upload_id = dock.create()
     size = -(-len(DATA) // 8)

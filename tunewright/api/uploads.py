@@ -141,7 +141,7 @@ class UploadRoutes:
 
 
 def upload_object(state: UploadState, language: str) -> dict[str, Any]:
-    """`parts` and `received_bytes` say how far it is; the rest is the SDK's."""
+    """`parts`, `received_bytes` and `completing` say how far it is."""
     upload = state.upload
     return {
         "id": upload.id,
@@ -156,6 +156,7 @@ def upload_object(state: UploadState, language: str) -> dict[str, Any]:
         "file": None if state.file is None else file_object(state.file, language),
         "parts": state.parts,
         "received_bytes": state.received_bytes,
+        "completing": None if state.completing is None else round(state.completing, 3),
         "on_problems": upload.on_problems,
     }
 

@@ -10,6 +10,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,12 +40,16 @@ _CHUNK_BYTES = 1 << 20
 
 
 class UploadState(msgspec.Struct, frozen=True, kw_only=True):
-    """An upload as it is now; `file` is None until it is completed, and again when that file has been deleted."""
+    """An upload as it is now; `file` is None until it is completed, and again when that file has been deleted.
+
+    `completing` is how much of the work of a completion that is under way has been done, from 0 to 1; None if none is.
+    """
 
     upload: PartedUpload
     parts: int
     received_bytes: int
     file: File | None
+    completing: float | None = None
 
 
 class PartedUploads:
@@ -56,6 +61,7 @@ class PartedUploads:
         self._home = home
         self._settings = settings
         self._doors = Doors()
+        self._completing: dict[str, float] = {}
 
     def create(
         self,
@@ -111,7 +117,8 @@ class PartedUploads:
             received = tx.uploads.received_bytes(project_id, upload_id)
         if upload.status == "completed":
             received = upload.size_bytes
-        return UploadState(upload=upload, parts=parts, received_bytes=received, file=file)
+        completing = self._completing.get(upload_id)
+        return UploadState(upload=upload, parts=parts, received_bytes=received, file=file, completing=completing)
 
     def parts(self, project_id: str, upload_id: str, *, after: str | None, limit: int) -> tuple[list[UploadPart], bool]:
         """The parts that are there, oldest first, and whether more follow; none once the upload has ended.
@@ -147,7 +154,7 @@ class PartedUploads:
         """
         if md5 is not None:
             check_hex(md5, 32, "md5")
-        with self._doors.alone(upload_id):
+        with self._doors.alone(upload_id):  # so `_completing` has one writer for each upload
             with self._storage.read() as tx:
                 upload = _found(tx, project_id, upload_id)
                 known = {part.id: part for part in tx.uploads.parts(project_id, upload_id)}
@@ -182,6 +189,8 @@ class PartedUploads:
         """Remove what ended uploads and a crash left. Call it while no other server uses the home."""
         self._expire_overdue()
         for folder in self._home.uploads.glob("*/*"):
+            if not folder.is_dir():
+                continue
             with self._storage.read() as tx:
                 upload = tx.uploads.get(folder.parent.name, folder.name)
                 known = {part.id for part in tx.uploads.parts(folder.parent.name, folder.name)}
@@ -283,14 +292,22 @@ class PartedUploads:
             for part in parts:
                 for chunk in self._read(part):
                     whole.write(chunk)
+                    self._completing[upload.id] = whole.size_bytes / upload.size_bytes / 2
                     if md5 is not None:
                         digest.update(chunk)
             if md5 is not None and digest.hexdigest() != md5.lower():
                 raise wrong_checksum("md5")
-            return whole.finish(upload.filename, upload.purpose, on_problems=upload.on_problems)
+            return whole.finish(
+                upload.filename, upload.purpose, on_problems=upload.on_problems, watch=partial(self._checked, upload.id)
+            )
         except BaseException:
             whole.abort()
             raise
+        finally:
+            self._completing.pop(upload.id, None)
+
+    def _checked(self, upload_id: str, done: int, total: int) -> None:
+        self._completing[upload_id] = 0.5 + done / max(total, 1) / 2  # the first half was to join the parts
 
     def _read(self, part: UploadPart) -> Iterator[bytes]:
         """The bytes of a part, which are those that were answered for, or an error at their end."""
