@@ -188,14 +188,15 @@ def on_one_line(data: bytes) -> bytes:
 
 def whole(data: bytes) -> bytes:
     """The document on one line, mended if it is broken and the mend is certain."""
-    found = faults(data)
-    mended = edited(data, [fault.edit for fault in found]) if found else data
     try:
-        strict_json.loads(mended)
+        strict_json.loads(data)
+        return on_one_line(data)
     except InvalidRequest:
-        # Not to be mended: but a row must be a line, even a bad one.
-        return data.replace(b"\r", b" ").replace(b"\n", b" ").strip()
-    return on_one_line(mended)
+        found = faults(data)
+    if found:
+        return on_one_line(edited(data, [fault.edit for fault in found]))
+    # Not to be mended: but a row must be a line, even a bad one.
+    return data.replace(b"\r", b" ").replace(b"\n", b" ").strip()
 
 
 # --- the report ------------------------------------------------------------------------------------------------------

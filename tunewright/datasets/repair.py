@@ -14,7 +14,7 @@ from tunewright.datasets.line_check import check_line
 from tunewright.datasets.lines import read_lines
 from tunewright.datasets.records import FINE_TUNE_PURPOSES
 from tunewright.datasets.report import Patch, Reporter, Row
-from tunewright.datasets.scan import Depth, Limits, Scan
+from tunewright.datasets.scan import Depth, Limits, Scan, agreed_kind
 from tunewright.datasets.sniff import HEAD_BYTES, Verdict, sniff
 from tunewright.errors import InvalidRequest
 
@@ -126,6 +126,8 @@ class _Repairer:
         self.choice = choice
         self.rewritten = False
         """Whether every line is a change already, since the whole file was rewritten."""
+        self.kind: str | None = None
+        """What the rows written so far agree on."""
         self.patched = self.dropped = self.left = 0
 
     def result(self) -> Repaired:
@@ -186,8 +188,7 @@ class _Repairer:
 
     def _copy(self, data: bytes) -> None:
         self._write(data)
-        if any(finding.error for finding in self._findings(data)):
-            self.left += 1
+        self.left += self._is_bad(*self._findings(data))
 
     def _write(self, data: bytes) -> None:
         self.output.write(data + b"\n")
@@ -221,7 +222,7 @@ class _Repairer:
             if not waiting:
                 break
             row = waiting.pop(0)
-            findings = self._findings(row)
+            findings, kind = self._findings(row)
             patch = next(_batches([f for f in findings if f.patch and _is_chosen(self.choice, f.code)]), None)
             try:
                 result = row if patch is None else patches.apply(row, patch)
@@ -229,22 +230,33 @@ class _Repairer:
                 patch, result = None, row
             if patch is None:
                 done.append(row)
-                bad.append(any(finding.error for finding in findings))
+                bad.append(self._is_bad(findings, kind))
                 continue
             mended = True
             if result is not None:
                 waiting[:0] = [part for part in result.split(b"\n") if part.strip() or result == part]
         for row in waiting:
             done.append(row)
-            bad.append(any(finding.error for finding in self._findings(row)))
+            bad.append(self._is_bad(*self._findings(row)))
         return done, mended, bad
 
-    def _findings(self, data: bytes) -> list[_Finding]:
-        if self.training and fast_rows.one_row(data) is not None:
-            return []
+    def _findings(self, data: bytes) -> tuple[list[_Finding], str | None]:
+        """What is wrong with one line, and its kind."""
+        clean = fast_rows.one_row(data) if self.training and not data.endswith(b"\r") else None
+        if clean is not None:
+            return [], clean.kind
         findings = _Findings()
-        check_line(Row(findings, 1, 0), data, training=self.training, texts=False)
-        return findings.found
+        checked = check_line(Row(findings, 1, 0), data, training=self.training, texts=False)
+        return findings.found, checked.kind
+
+    def _is_bad(self, findings: list[_Finding], kind: str | None) -> bool:
+        """Whether a row has errors, or is of a kind that can't stand beside those before it."""
+        if kind is not None:
+            agreed = agreed_kind(self.kind, kind)
+            if agreed is None:
+                return True
+            self.kind = agreed
+        return any(finding.error for finding in findings)
 
 
 def _batches(findings: list[_Finding]) -> Iterator[Patch]:
