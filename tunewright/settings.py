@@ -51,6 +51,12 @@ class Settings(BaseSettings):
     max_running_jobs: int = Field(default=1, ge=1, description="Trainers at work at the same time")
     max_queued_jobs: int = Field(default=100, ge=1, description="Jobs of one project waiting at the same time")
     trainer_threads: int = Field(default=0, ge=0, description="Threads of a trainer; 0 measures at start")
+    price_per_million_tokens: float | None = Field(
+        default=None, ge=0, description="What a million trained tokens cost, for estimates; empty: no price is shown"
+    )
+    token_cache_bytes: int = Field(
+        default=10 * 2**30, ge=0, description="Tokenised data files kept in the home; 0 keeps none"
+    )
     checkpoint_every_s: float = Field(default=60.0, gt=0, description="Longest stretch of work a crash can cost")
     heartbeat_limit_s: float = Field(default=30.0, gt=0, description="A trainer silent for this long is killed")
     cancel_grace_s: float = Field(default=10.0, gt=0, description="From the polite to the hard end of a trainer")
@@ -96,6 +102,7 @@ class HomeFolder:
         self.jobs = self.root / "jobs"
         self.workers = self.root / "workers"
         self.temporary = self.root / "tmp"
+        self.token_cache = self.root / "cache" / "tokens"
         self.uploads = self.root / "uploads"
 
     def create(self) -> None:
