@@ -495,3 +495,21 @@ async def test_odd_repairs_are_refused(client: httpx.AsyncClient, body: dict[str
     error = (await repair(client, file_id, 400, **body))["error"]
     assert error["param"] == param
     assert len(error["message"]) < 300
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        json.dumps([ROW, ROW | {"n": 1}]).encode(),
+        json.dumps(ROW, indent=2).encode() + b"\n" + json.dumps(ROW | {"n": 1}, indent=2).encode(),
+        ("\ufeff" + row("一") + "\n" + row("二") + "\n").encode("utf-16-le"),
+        (row("1") + "\r" + row("2") + "\r").encode(),
+    ],
+    ids=["array", "pretty", "utf-16", "cr"],
+)
+async def test_a_file_wrong_as_a_whole_is_mended_as_a_whole(client: httpx.AsyncClient, data: bytes) -> None:
+    old = await create(client, data)
+    assert (old["status"], old["report"]["bad_rows"]) == ("error", 0)
+    assert old["report"]["problems"][0]["patch"]["rewrite"]
+    new = await repair(client, old["id"])
+    assert (new["status"], new["rows"], new["origin"]["left"]) == ("processed", 2, 0)
