@@ -45,11 +45,12 @@ def look(row: Row, data: bytes, value: object) -> None:
     """Warn about the texts of one row; `data` is its raw line, `value` what it holds."""
     if not may_need_look(data):
         return
+    plain = data.isascii() and b"\x7f" not in data and not any(escape in data for escape in (b"\\u", b"\\b", b"\\f"))
     for path, text in _texts(value):
-        if found := _SPECIAL.search(text):
+        if ("<" in text or "[" in text) and (found := _SPECIAL.search(text)):
             sentence = mark("line {line}, {field} holds {found}, a model's special token; it is treated as plain text")
             row.warn("special_token_in_text", sentence, path, found=shown(found[0]))
-        if found := _INVISIBLE.search(text):
+        if not plain and (found := _INVISIBLE.search(text)):
             sentence = mark("line {line}, {field} holds an invisible or control character ({found})")
             row.warn("invisible_character", sentence, path, found=f"U+{ord(found[0][0]):04X}")
         if _SECRET.search(text):

@@ -1,6 +1,7 @@
 """The rules of function rows: the tools that are offered, the calls, and the replies to them."""
 
 import re
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import msgspec
@@ -230,11 +231,21 @@ def _check_arguments(row: Row, function: dict[str, Any], path: Path) -> None:
 
 
 def _arguments_of(text: str) -> dict[str, Any] | None:
+    """What a call's arguments hold, not to be changed; None if that is no object."""
+    return _parsed_short(text) if len(text) < _SHORT else _parsed(text)
+
+
+def _parsed(text: str) -> dict[str, Any] | None:
     try:
         value = strict_json.loads(text.encode())
     except InvalidRequest:
         return None
     return value if isinstance(value, dict) else None
+
+
+_SHORT = 2000
+# Asked for twice in a row: for the call's form, and to compare it with its tool.
+_parsed_short = lru_cache(64)(_parsed)
 
 
 def check_exchange(row: Row, messages: list[dict[str, Any]], offered: Offered, path: Path) -> None:
