@@ -248,6 +248,8 @@ class _DocumentRow(Row):
 
 def _report_syntax(reporter: Reporter, document: Document, data: bytes) -> bool:
     """Report what makes the document invalid JSON: each place to mend, or the first fault. False if nothing does."""
+    from tunewright.datasets.line_check import worded
+
     try:
         strict_json.loads(data)
         return False
@@ -272,18 +274,11 @@ def _report_syntax(reporter: Reporter, document: Document, data: bytes) -> bool:
         )
         refused = None
     if refused is not None:
-        values: dict[str, Any] = {
-            name: value for name, value in refused.values.items() if name not in ("line", "offset")
-        }
-        offset, line = refused.values.get("offset"), refused.values.get("line")
-        reporter.add(
-            "error",
-            refused.code,
-            refused.message,
-            line=document.line + (line - 1 if isinstance(line, int) else 0),
-            byte_offset=document.byte_offset + (offset if isinstance(offset, int) else 0),
-            **values,
-        )
+        code, sentence, values = worded(data, document.byte_offset, refused)
+        offset = refused.values.get("offset")
+        place = offset if isinstance(offset, int) else 0
+        line = document.line + data.count(b"\n", 0, place)
+        reporter.add("error", code, sentence, line=line, byte_offset=document.byte_offset + place, **values)
     return True
 
 

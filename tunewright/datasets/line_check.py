@@ -85,25 +85,26 @@ _JSON_SENTENCES = {
 
 
 def _report_json(row: Row, data: bytes, error: InvalidRequest) -> None:
-    values: dict[str, Any] = {name: value for name, value in error.values.items() if name not in ("line", "offset")}
+    code, sentence, values = worded(data, row.byte_offset, error)
+    patch = Patch(rewrite="utf8") if "encoding" in values else None
+    if code == "invalid_json":
+        patch = mending.mend(data)
     offset = row.byte_offset + _number(error.values.get("offset"))
-    patch: Patch | None = None
-    if values.get("reason") == "not_utf8":
-        if _looks_like_gb18030(data):
-            sentence = mark(
-                "line {line}, byte {offset} of the file is not UTF-8; it looks like {encoding}: save as UTF-8"
-            )
-            values["encoding"] = "GB18030 (GBK)"
-            patch = Patch(rewrite="utf8")
-        else:
-            sentence = mark("line {line}, byte {offset} of the file is not UTF-8")
-        code = "invalid_encoding"
-        values["offset"] = offset
-    else:
-        code = error.code
-        sentence = _JSON_SENTENCES.get(code, error.message)
-        patch = mending.mend(data) if code == "invalid_json" else None
     row.reporter.add("error", code, sentence, line=row.line, byte_offset=offset, patch=patch, **values)
+
+
+def worded(data: bytes, byte_offset: int, error: InvalidRequest) -> tuple[str, str, dict[str, Any]]:
+    """Code, sentence and values of what makes `data`, which begins at `byte_offset` of the file, no JSON. The line is not among
+    the values; `encoding` is, if it is one that a repair knows."""
+    values: dict[str, Any] = {name: value for name, value in error.values.items() if name not in ("line", "offset")}
+    if values.get("reason") != "not_utf8":
+        return error.code, _JSON_SENTENCES.get(error.code, error.message), values
+    values["offset"] = byte_offset + _number(error.values.get("offset"))
+    sentence = mark("line {line}, byte {offset} of the file is not UTF-8")
+    if _looks_like_gb18030(data):
+        sentence = mark("line {line}, byte {offset} of the file is not UTF-8; it looks like {encoding}: save as UTF-8")
+        values["encoding"] = "GB18030 (GBK)"
+    return "invalid_encoding", sentence, values
 
 
 def _number(value: object) -> int:

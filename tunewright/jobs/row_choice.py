@@ -4,7 +4,6 @@ Line numbers stay those of the uploaded file, whatever is left out: in the two f
 side are blank lines. That is why trainers can name lines that a user finds.
 """
 
-import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -18,7 +17,7 @@ from tunewright.datasets.records import File
 from tunewright.datasets.report import Problem, Report
 from tunewright.datasets.splitting import side
 from tunewright.errors import InvalidRequest, NotFound
-from tunewright.files_on_disk import fsync_folder
+from tunewright.files_on_disk import writing
 from tunewright.i18n import mark
 
 if TYPE_CHECKING:
@@ -87,9 +86,8 @@ def split(
     Bad lines are placeholders in the training file, to be passed over there. Raises InvalidRequest(`split_leaves_nothing`).
     """
     skipped = set(bad)
-    counts = {True: 0, False: 0}
-    parts = [path.with_name(f".{path.name}.tmp") for path in (train, validation)]
-    with parts[0].open("wb", _BUFFER_BYTES) as kept, parts[1].open("wb", _BUFFER_BYTES) as measured:
+    counts = [0, 0]
+    with writing(train) as kept, writing(validation) as measured:
         for number, row in _rows(source, max_line_bytes):
             if number in skipped:
                 kept.write(_PLACEHOLDER)
@@ -102,27 +100,19 @@ def split(
                 counts[for_validation] += 1
                 kept.write(b"\n" if for_validation else row + b"\n")
                 measured.write(row + b"\n" if for_validation else b"\n")
-        for stream in (kept, measured):
-            stream.flush()
-            os.fsync(stream.fileno())
-    if 0 in counts.values():
-        for part in parts:
-            part.unlink()
-        raise InvalidRequest(
-            "split_leaves_nothing",
-            mark(
-                "A validation_split of {ratio} puts {validation} of {rows} rows aside, so one side is empty. "
-                "Use more rows, another ratio or another seed, or name a validation_file."
-            ),
-            param="validation_split",
-            ratio=ratio,
-            validation=counts[True],
-            rows=sum(counts.values()),
-        )
-    for part, path in zip(parts, (train, validation), strict=True):
-        os.replace(part, path)
-    fsync_folder(train.parent)
-    return Sides(train=counts[False], validation=counts[True])
+        if 0 in counts:
+            raise InvalidRequest(
+                "split_leaves_nothing",
+                mark(
+                    "A validation_split of {ratio} puts {validation} of {rows} rows aside, so one side is empty. "
+                    "Use more rows, another ratio or another seed, or name a validation_file."
+                ),
+                param="validation_split",
+                ratio=ratio,
+                validation=counts[1],
+                rows=sum(counts),
+            )
+    return Sides(*counts)
 
 
 def _rows(source: Path, max_line_bytes: int) -> Iterator[tuple[int, bytes | None]]:
