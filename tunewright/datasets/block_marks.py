@@ -13,44 +13,51 @@ class Marks(NamedTuple):
     """Quotes that open or close a text, not those inside one."""
 
 
-def marks_of(block: bytes) -> Marks | None:
-    """None if the block needs a look line by line: for a CR, a blank line, an escaped NUL, or space at the ends of lines.
+class BlockMarks:
+    """Looks at one block after another. Loads numpy; not for several threads at once."""
 
-    Otherwise every newline, but for the last byte, stands between "}" and "{".
-    """
+    def __init__(self) -> None:
+        self._buffers: Any = None
+
+    def of(self, block: bytes) -> Marks | None:
+        """None if the block needs a look line by line: for a CR, a blank line, an escaped NUL, or space at the ends of lines.
+
+        Otherwise every newline, but for the last byte, stands between "}" and "{".
+        """
+        import numpy as np
+
+        size = len(block)
+        if b"\r" in block or size < 2:
+            return None
+        if self._buffers is None or self._buffers.shape[1] < size:
+            self._buffers = np.empty((4, size), dtype=bool)
+        found, quoted, escaping, both = self._buffers[:, :size]
+        data = np.frombuffer(block, dtype=np.uint8)
+        ends = np.equal(data, _NEWLINE, out=found).nonzero()[0]
+        whole = block.endswith(b"\n")
+        inner = ends[:-1] if whole else ends
+        if len(inner) and (inner[0] == 0 or (data[inner - 1] != _CLOSING).any() or (data[inner + 1] != _OPENING).any()):
+            return None
+        np.equal(data, _QUOTE, out=quoted)
+        np.equal(data, _BACKSLASH, out=escaping)
+        before, after = escaping[:-1], both[1:]
+        np.equal(data, _U, out=found)
+        if np.logical_and(before, found[1:], out=after).any() and b"\\u0000" in block:
+            return None
+        if np.logical_and(before, escaping[1:], out=after).any():
+            quotes = int(np.count_nonzero(quoted)) - int(np.count_nonzero(quoted[_escapes(escaping) + 1]))
+        else:
+            # The first byte is no quote, or the decoder refuses it.
+            quotes = int(np.count_nonzero(np.greater(quoted[1:], before, out=after)))
+        return Marks(ends.tolist() if whole else [*ends.tolist(), size], quotes)
+
+
+def _escapes(escaping: Any) -> Any:
+    """Offsets of the backslashes that escape the next byte: of a run of them every other, beginning with the first."""
     import numpy as np
 
-    if b"\r" in block:
-        return None
-    data = np.frombuffer(block, dtype=np.uint8)
-    ends = np.flatnonzero(data == _NEWLINE)
-    whole = len(ends) > 0 and int(ends[-1]) == len(block) - 1
-    inner = ends[:-1] if whole else ends
-    if len(inner) and (inner[0] == 0 or (data[inner - 1] != _CLOSING).any() or (data[inner + 1] != _OPENING).any()):
-        return None
-    quoted = data == _QUOTE
-    quotes = int(np.count_nonzero(quoted))
-    before, after = (data == _BACKSLASH)[:-1], data[1:]
-    if (before & (after == _BACKSLASH)).any():
-        starts = _escapes(data)
-        quotes -= int(np.count_nonzero(quoted[starts + 1]))
-    else:
-        quotes -= int(np.count_nonzero(before & quoted[1:]))
-    if (before & (after == _U)).any() and b"\\u0000" in block:
-        return None
-    return Marks(ends.tolist() if whole else [*ends.tolist(), len(block)], quotes)
-
-
-def _escapes(data: Any) -> Any:
-    """Offsets of the backslashes that escape the next byte (in "\\\\\\\\n" the first and, if there are three, the third)."""
-    import numpy as np
-
-    found = np.flatnonzero(data == _BACKSLASH)
-    if len(found) and found[-1] == len(data) - 1:
-        found = found[:-1]  # the decoder will refuse it
+    found = escaping[:-1].nonzero()[0]  # the decoder refuses one at the very end
     together = found[1:] == found[:-1] + 1
-    if not together.any():
-        return found
     order = np.arange(len(found))
     first = np.concatenate(([True], ~together))
     place = order - np.maximum.accumulate(np.where(first, order, 0))

@@ -26,7 +26,8 @@ def main() -> None:
 
 
 def _end_with_parent() -> None:
-    sys.stdin.buffer.read()
+    while os.read(sys.stdin.fileno(), 4096):  # not the buffered stream: its lock would abort the end of this process
+        pass
     os._exit(1)
 
 
@@ -56,6 +57,7 @@ def _scan(order: Order, begin: int, end: int) -> None:
         with Path(order.path).open("rb") as stream:
             stream.seek(begin)
             scan.read(stream, end, _tell)
+    scan.statistics.settle()
     with (folder / NUMBERS).open("wb") as stream:
         scan.fingerprints.write(stream)
     found = Found(

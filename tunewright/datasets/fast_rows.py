@@ -39,8 +39,11 @@ class _Assistant(msgspec.Struct, tag_field="role", tag="assistant", forbid_unkno
     content: str
 
 
+_PlainMessage = _System | _User | _Assistant
+
+
 class _PlainRow(msgspec.Struct, forbid_unknown_fields=True, gc=False):
-    messages: list[_System | _User | _Assistant]
+    messages: list[_PlainMessage]
 
 
 class _Function(msgspec.Struct, forbid_unknown_fields=True, gc=False):
@@ -115,8 +118,9 @@ def plain_rows(block: bytes, lines: int, quotes: int) -> PlainRows | None:
     # Between two rows there is one newline at most, since it has brackets on both sides: so each row is one line.
     if len(rows) != lines:
         return None
+    # No loop of Python over rows or messages: the decoding is hardly slower than one would be.
     messages = list(map(_messages_of, rows))
-    shapes = [_plain_shape(tuple(map(type, each))) for each in messages]
+    shapes = _plain_shapes_of(messages)
     contents = list(map(_content_of, itertools.chain.from_iterable(messages)))
     if quotes != _QUOTES_PER_ROW * lines + _QUOTES_PER_MESSAGE * len(contents):
         return None
@@ -128,14 +132,18 @@ def plain_rows(block: bytes, lines: int, quotes: int) -> PlainRows | None:
 _plain_shapes: dict[tuple[type, ...], Shape] = {}
 
 
-def _plain_shape(types: tuple[type, ...]) -> Shape:
-    shape = _plain_shapes.get(types)
-    if shape is None:
-        shape = shape_of("".join(map(_LETTERS.__getitem__, types)))
-        if len(types) <= MAX_MESSAGES:
-            if len(_plain_shapes) >= _MAX_KNOWN:
-                _plain_shapes.clear()
-            _plain_shapes[types] = shape
+def _plain_shapes_of(rows: list[list[_PlainMessage]]) -> list[Shape]:
+    types: list[tuple[type, ...]] = list(map(tuple, map(map, itertools.repeat(type), rows)))  # type: ignore[arg-type]
+    shapes = list(map(_plain_shapes.get, types))
+    return [shape or _learn_shape(each) for shape, each in zip(shapes, types, strict=True)]
+
+
+def _learn_shape(types: tuple[type, ...]) -> Shape:
+    shape = shape_of("".join(map(_LETTERS.__getitem__, types)))
+    if len(types) <= MAX_MESSAGES:
+        if len(_plain_shapes) >= _MAX_KNOWN:
+            _plain_shapes.clear()
+        _plain_shapes[types] = shape
     return shape
 
 

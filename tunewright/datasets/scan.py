@@ -1,11 +1,13 @@
 """The pass over the lines of a data file or a stretch of it: a line that is beyond doubt is read fast, any other exactly."""
 
+from bisect import bisect_left
 from collections.abc import Callable
 from typing import BinaryIO, Protocol
 
 import msgspec
 
-from tunewright.datasets import block_marks, fast_rows, fingerprints, hints
+from tunewright.datasets import block_look, fast_rows, fingerprints, hints
+from tunewright.datasets.block_marks import BlockMarks
 from tunewright.datasets.line_check import check_line, without_return
 from tunewright.datasets.lines import Block, read_blocks
 from tunewright.datasets.messages import CHAT, FUNCTION, IMAGE_UNDERSTANDING
@@ -21,7 +23,6 @@ BLOCKS_FROM_BYTES = 4 << 20
 _PROGRESS_BYTES = 8 << 20
 _PLAIN_AGAIN = 16
 """After a block that is not plain so many others are not tried as plain."""
-_GROUP_LINES = 8
 _MIXED = ({CHAT, FUNCTION}, {CHAT, IMAGE_UNDERSTANDING})
 
 Progress = Callable[[int], None]
@@ -74,6 +75,7 @@ class Scan:
         self.statistics = Statistics()
         self.fingerprints = fingerprints.Fingerprints()
         self._compare = depth.compare and self.training
+        self._marks = BlockMarks()
         self._not_plain = 0
 
     def read(self, stream: BinaryIO, end: int, progress: Progress | None = None) -> None:
@@ -130,13 +132,14 @@ class Scan:
 
     def _read_whole(self, data: bytes, offset: int) -> bool:
         """Read all lines of a block at once; False if it needs a look line by line."""
-        marks = block_marks.marks_of(data)
+        marks = self._marks.of(data)
         if marks is None or self.lines + len(marks.ends) > MAX_ROWS:
             return False
+        odd = self._odd_lines(data, marks.ends)
         if self._not_plain <= 0:
             plain = fast_rows.plain_rows(data, len(marks.ends), marks.quotes)
-            if plain is not None and agreed_kind(self.kind, CHAT) and not self._look_needed(data):
-                self._take_plain(data, marks.ends, plain)
+            if plain is not None and agreed_kind(self.kind, CHAT):
+                self._take_plain(data, offset, marks.ends, plain, odd)
                 return True
             if plain is None:
                 self._not_plain = _PLAIN_AGAIN
@@ -144,7 +147,6 @@ class Scan:
         found = fast_rows.rich_rows(data, len(marks.ends), marks.quotes)
         if found is None:
             return False
-        odd = self._odd_lines(data, marks.ends)
         start = 0
         for i, (end, facts) in enumerate(zip(marks.ends, found, strict=True)):
             self.lines += 1
@@ -155,57 +157,60 @@ class Scan:
     def _look_needed(self, data: bytes) -> bool:
         return self.depth.texts and hints.may_need_look(data)
 
-    def _odd_lines(self, data: bytes, ends: list[int]) -> set[int]:
-        """Indices of the lines whose texts are worth a look: first the block is asked, then a few lines at a time."""
-        odd: set[int] = set()
-        if not self._look_needed(data):
-            return odd
-        starts = [0, *(end + 1 for end in ends)]
-        for first in range(0, len(ends), _GROUP_LINES):
-            last = min(first + _GROUP_LINES, len(ends)) - 1
-            if self._look_needed(data[starts[first] : ends[last]]):
-                odd.update(i for i in range(first, last + 1) if self._look_needed(data[starts[i] : ends[i]]))
-        return odd
+    def _odd_lines(self, data: bytes, ends: list[int]) -> list[int]:
+        """Indices of the lines whose texts are worth a look, rising."""
+        if not self.depth.texts:
+            return []
+        return sorted({bisect_left(ends, place) for place in block_look.suspects(data)})
 
-    def _take_plain(self, data: bytes, ends: list[int], plain: fast_rows.PlainRows) -> None:
-        shapes, contents = plain
-        self.lines += len(ends)
-        self.rows += len(ends)
+    def _take_plain(
+        self, data: bytes, offset: int, ends: list[int], plain: fast_rows.PlainRows, odd: list[int]
+    ) -> None:
+        """Count and compare rows of roles and contents; those that are odd are checked exactly, in their place."""
         self.kind = agreed_kind(self.kind, CHAT)
-        if not self._compare and not self.depth.statistics:
-            return
         if not self._compare:
-            self.statistics.add_shapes(shapes, CHAT)
-            self.statistics.characters += sum(map(len, contents))
+            self.lines += len(ends)
+            self.rows += len(ends)
+            if self.depth.statistics:
+                self.statistics.add_shapes(plain.shapes, CHAT)
+                self.statistics.characters += sum(map(len, plain.contents))
             return
-        texts = []
-        at = 0
-        for shape in shapes:
-            texts.append(contents[at : at + shape.size])
-            at += shape.size
-        starts = [0, *(end + 1 for end in ends)]
-        keys = [fingerprints.row_key(data[start:end]) for start, end in zip(starts, ends, strict=False)]
-        self.fingerprints.add_plain(
-            keys, shapes, texts, [end + 1 - start for start, end in zip(starts, ends, strict=False)]
-        )
+        rows = _PlainColumns(data, ends, plain)
+        done = 0
+        for i in odd:
+            self._take_columns(rows, done, i)
+            self.lines += 1
+            self._read_line(rows.line(i), offset + rows.starts[i], None, doubted=True)
+            done = i + 1
+        self._take_columns(rows, done, len(ends))
+
+    def _take_columns(self, rows: "_PlainColumns", first: int, last: int) -> None:
+        """Count and compare the rows from `first` up to but without `last`."""
+        if first == last:
+            return
+        self.lines += last - first
+        self.rows += last - first
+        part = slice(first, last)
+        shapes, texts, sizes = rows.shapes[part], rows.texts[part], rows.sizes[part]
+        keys = [fingerprints.row_key(rows.line(i)) for i in range(first, last)]
+        self.fingerprints.add_plain(keys, shapes, texts, sizes)
         if not self.depth.statistics:
             return
-        self.statistics.add_shapes(shapes, CHAT)
+        statistics = self.statistics
+        statistics.add_shapes(shapes, CHAT)
         characters = [sum(map(len, each)) for each in texts]
-        self.statistics.characters += sum(characters)
         trained = [
             len(each[-1]) if shape.single else sum(len(each[i]) for i in shape.answers)
             for shape, each in zip(shapes, texts, strict=True)
         ]
-        self.statistics.add_lengths(
-            characters, trained, [end - start for start, end in zip(starts, ends, strict=False)]
-        )
-        limit = self.statistics.language_limit
+        statistics.characters += sum(characters)
+        statistics.add_lengths(characters, trained, [size - 1 for size in sizes])
+        limit = statistics.sample_limit
         for shape, each, key in zip(shapes, texts, keys, strict=True):
             if shape.has_system:
-                self.statistics.add_system_prompt(fingerprints.row_key(each[0].encode()))
+                statistics.add_system_prompt(fingerprints.row_key(each[0].encode()))
             if key <= limit:
-                self.statistics.add_language(key, each)
+                statistics.add_sample(key, each)
 
     # --- single lines ------------------------------------------------------------------------------------------------
 
@@ -270,9 +275,29 @@ class Scan:
             statistics.add_lengths([characters], [facts.trained], [len(data)])
             if facts.shape.has_system:
                 statistics.add_system_prompt(fingerprints.row_key(facts.texts[0].encode()))
-            if key <= statistics.language_limit:
-                statistics.add_language(key, [*facts.texts, facts.answer] if facts.pair else facts.texts)
+            if key <= statistics.sample_limit:
+                statistics.add_sample(key, [*facts.texts, facts.answer] if facts.pair else facts.texts)
 
     def _note(self, row: int, prompt: int, answer: int, length: int) -> None:
         if self._compare:
             self.fingerprints.add(row, prompt, answer, length)
+
+
+class _PlainColumns:
+    """A block of plain rows, with the contents of each row by themselves."""
+
+    def __init__(self, data: bytes, ends: list[int], plain: fast_rows.PlainRows) -> None:
+        self.data = data
+        self.ends = ends
+        self.shapes = plain.shapes
+        self.starts = [0, *(end + 1 for end in ends[:-1])]
+        self.sizes = [end + 1 - start for start, end in zip(self.starts, ends, strict=True)]
+        self.texts: list[list[str]] = []
+        at = 0
+        for shape in plain.shapes:
+            self.texts.append(plain.contents[at : at + shape.size])
+            at += shape.size
+
+    def line(self, i: int) -> bytes:
+        """The bytes of row `i`."""
+        return self.data[self.starts[i] : self.ends[i]]

@@ -21,8 +21,9 @@ MAX_BINS = 20
 _MAX_NAMES = 10_000
 """Names of tools, and system prompts, that are told apart."""
 _EXACT_BITS = 11
-_SAMPLE_CHARACTERS = 400
-_SAMPLE_MESSAGES = 8
+_MANY = 8192
+_SAMPLE_CHARACTERS = 200
+_SAMPLE_MESSAGES = 4
 _LIMIT = (1 << 64) - 1
 OTHER = "other"
 RARE_SHARE = 0.02
@@ -35,32 +36,40 @@ _COUNTS = (
 
 
 class Lengths(msgspec.Struct):
-    """How long things are. `table`: length, rounded down to 11 significant bits -> how many."""
+    """How long things are. `table`: length, rounded down to 11 significant bits -> how many; `waiting` go there later."""
 
     count: int = 0
     total: int = 0
     smallest: int | None = None
     largest: int = 0
     table: dict[int, int] = {}
+    waiting: list[int] = []
 
     def add(self, values: list[int]) -> None:
         """Count some more."""
+        self.waiting += values
+        if len(self.waiting) >= _MANY:
+            self.settle()
+
+    def settle(self) -> None:
+        """Count those that wait: many at once cost little each."""
+        values = self.waiting
         if not values:
             return
+        self.waiting = []
         self.count += len(values)
         self.total += sum(values)
         least = min(values)
         self.smallest = least if self.smallest is None else min(self.smallest, least)
         self.largest = max(self.largest, max(values))
-        table = self.table
-        for value in values:
-            if value >= 1 << _EXACT_BITS:
-                shift = value.bit_length() - _EXACT_BITS
-                value = value >> shift << shift
-            table[value] = table.get(value, 0) + 1
+        for value, number in Counter(values).items():
+            shift = max(0, value.bit_length() - _EXACT_BITS)
+            _count(self.table, value >> shift << shift, number)
 
     def absorb(self, other: "Lengths") -> None:
         """Count what another has counted."""
+        self.settle()
+        other.settle()
         self.count += other.count
         self.total += other.total
         if other.smallest is not None:
@@ -71,6 +80,7 @@ class Lengths(msgspec.Struct):
 
     def summary(self) -> dict[str, Any]:
         """`total`, `mean`, `min`, `max`, `p5` to `p99`, `histogram`: [{from, to, count}], each bin twice as wide as the last."""
+        self.settle()
         if self.smallest is None:
             return {}
         values = sorted(self.table)
@@ -123,10 +133,12 @@ class Statistics(msgspec.Struct):
     called: dict[str, int] = {}
     system_prompts: dict[int, int] = {}
     """Number of a system prompt -> rows."""
+    sample: dict[int, str] = {}
+    """Number of a row's bytes -> some of its text, for the rows with the smallest numbers."""
+    sample_limit: int = _LIMIT
+    """Rows whose number is at most this belong to the sample."""
     languages: dict[int, str] = {}
-    """Number of a row's bytes -> its language, for the rows with the smallest numbers."""
-    language_limit: int = _LIMIT
-    """Rows whose number is at most this are to be looked at."""
+    """The language of each row of the sample, once `settle` was called."""
 
     def add_shapes(self, shapes: list[Shape], kind: str) -> None:
         """Count rows of one kind by the roles of their messages."""
@@ -167,19 +179,21 @@ class Statistics(msgspec.Struct):
         if key in self.system_prompts or len(self.system_prompts) < _MAX_NAMES:
             self.system_prompts[key] = self.system_prompts.get(key, 0) + 1
 
-    def add_language(self, key: int, texts: list[str]) -> None:
-        """Look at the texts of the row of number `key`."""
-        text = "\n".join(text[:_SAMPLE_CHARACTERS] for text in texts[-_SAMPLE_MESSAGES:])
-        self.languages[key] = language_of(text)
-        if len(self.languages) >= 2 * SAMPLE_ROWS:
-            self._cut_sample()
+    def add_sample(self, key: int, texts: list[str]) -> None:
+        """Take the row of number `key` into the sample."""
+        self.sample[key] = "\n".join(text[:_SAMPLE_CHARACTERS] for text in texts[-_SAMPLE_MESSAGES:])
+        if len(self.sample) >= 2 * SAMPLE_ROWS:
+            self.sample = _smallest(self.sample)
+            self.sample_limit = max(self.sample)
 
-    def _cut_sample(self) -> None:
-        """The rows with the smallest numbers: a sample that depends neither on their order nor on how a file is split."""
-        kept = sorted(self.languages)[:SAMPLE_ROWS]
-        if len(kept) == SAMPLE_ROWS:
-            self.language_limit = kept[-1]
-        self.languages = {key: self.languages[key] for key in kept}
+    def settle(self) -> None:
+        """Do what was put off: lengths, and the languages of the sample."""
+        for key, text in _smallest(self.sample).items():
+            self.languages[key] = language_of(text)
+        self.sample = {}
+        for lengths in (self.all_characters, self.trained_characters, self.line_bytes):
+            lengths.settle()
+        self.languages = _smallest(self.languages)
 
     def absorb(self, other: "Statistics") -> None:
         """Add what was counted of another part of the file."""
@@ -187,20 +201,20 @@ class Statistics(msgspec.Struct):
             mine, more = getattr(self, name), getattr(other, name)
             if isinstance(mine, Lengths):
                 mine.absorb(more)
-            elif name == "languages":
+            elif name in ("sample", "languages"):
                 mine |= more
             elif isinstance(mine, dict):
                 for key, number in more.items():
                     _count(mine, key, number)
-            elif name != "language_limit":
+            elif name != "sample_limit":
                 setattr(self, name, mine + more)
 
     def result(self) -> dict[str, Any]:
         """All of it for a person: plain values that JSON can hold."""
         counts = {name: getattr(self, name) for name in _COUNTS}
+        self.settle()
         if not self.line_bytes.count:
             return counts
-        self._cut_sample()
         languages = Counter(self.languages.values())
         top = sorted(self.called.items(), key=lambda item: (-item[1], item[0]))[:TOP_TOOLS]
         most = max(self.system_prompts.values(), default=0)
@@ -225,7 +239,7 @@ class Statistics(msgspec.Struct):
         Of the tasks and of the languages the smallest group each, if it is below `RARE_SHARE`.
         """
         found = []
-        self._cut_sample()
+        self.settle()
         languages = Counter(name for name in self.languages.values() if name != OTHER)
         for groups in (self.tasks, languages):
             total = sum(groups.values())
@@ -233,6 +247,11 @@ class Statistics(msgspec.Struct):
             if rows and rows < RARE_SHARE * total:
                 found.append((name, rows / total))
         return found
+
+
+def _smallest(sample: dict[int, str]) -> dict[int, str]:
+    """A sample that depends neither on the order of the rows nor on how a file is split."""
+    return sample if len(sample) <= SAMPLE_ROWS else {key: sample[key] for key in sorted(sample)[:SAMPLE_ROWS]}
 
 
 def _count(table: dict[Any, int], key: Any, number: int) -> None:
@@ -257,11 +276,14 @@ _SCRIPTS = {
 _ENGLISH = re.compile(
     r"\b(?:the|and|of|to|is|are|in|you|it|that|for|with|this|what|how|please|an|be|can|i)\b", re.IGNORECASE
 )
+_LATIN = _SCRIPTS["latin"]
 _LATIN_BEYOND_ASCII = re.compile("[\u00c0-\u024f]")
 
 
 def language_of(text: str) -> str:
     """`zh`, `en`, `ja`, `ko`, `ru`, `ar` or `other`: a guess from scripts and, for Latin letters, common words."""
+    if text.isascii():
+        return _latin(text) if _LATIN.search(text) else OTHER
     counts = {name: len(pattern.findall(text)) for name, pattern in _SCRIPTS.items()}
     # A Chinese character says about as much as two or three letters; Japanese is written with both.
     counts["zh"] *= 3
@@ -273,8 +295,9 @@ def language_of(text: str) -> str:
         return OTHER
     if name != "latin":
         return name
+    return OTHER if len(_LATIN_BEYOND_ASCII.findall(text)) * 50 > counts["latin"] else _latin(text)
+
+
+def _latin(text: str) -> str:
     words = len(text.split())
-    odd = len(_LATIN_BEYOND_ASCII.findall(text))
-    if odd * 50 <= counts["latin"] and (words < 5 or len(_ENGLISH.findall(text)) * 25 >= words):
-        return "en"
-    return OTHER
+    return "en" if words < 5 or len(_ENGLISH.findall(text)) * 25 >= words else OTHER
