@@ -214,7 +214,7 @@ def mended(folder: Path, data: bytes, purpose: str, choice: Choice) -> None:
         assert before.file_errors > 0 or target.read_bytes().split() == data.split(), "nothing was done"
         return
     assert after.bad_rows <= max(before.bad_rows, done.left)
-    if choice.lines is None and before.file_errors == 0:
+    if choice.lines is None and before.file_errors == after.file_errors == 0:
         assert choice.drop_bad_rows is False or after.bad_rows == _of_another_kind(after), after.counts
         # Objects that shared a line may be equal, and are then rows that repeat.
         assert repair(target, again, purpose, LIMITS, choice).patched == 0

@@ -70,6 +70,14 @@ def test_j08_the_bad_byte_of_a_late_line_is_found(tmp_path: Path) -> None:
     assert (problem.line, problem.byte_offset) == (500_000, 3 * 499_999 + 7)
 
 
+def test_a_bad_byte_inside_pretty_printed_json_is_found(tmp_path: Path) -> None:
+    data = json.dumps({"messages": [USER, ASSISTANT]}, indent=1).encode().replace(b"France", b"Fr\xffnce")
+    problem = next(p for p in checked(tmp_path, data).problems if p.code == "invalid_encoding")
+    assert problem.byte_offset == data.index(b"\xff")
+    assert problem.line == data.count(b"\n", 0, problem.byte_offset) + 1
+    assert problem.text() == f"line {problem.line}, byte {problem.byte_offset} of the file is not UTF-8"
+
+
 def test_faults_as_translated_tool_data_has_them(tmp_path: Path) -> None:
     """A second call without its required argument, and a tool's answer whose call was turned into prose."""
     search = {
