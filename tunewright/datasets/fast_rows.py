@@ -9,13 +9,13 @@ bytes than the decoded row accounts for. Depth and keys are bounded by the types
 
 import itertools
 import operator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import msgspec
 from msgspec import UNSET, Raw, UnsetType
 
 from tunewright import strict_json
-from tunewright.datasets import tools
+from tunewright.datasets import schemas, tools
 from tunewright.datasets.messages import CHAT, FUNCTION
 from tunewright.datasets.report import Reporter, Row
 from tunewright.datasets.row_facts import MAX_MESSAGES, Facts, Shape, Texts, shape_of, tools_digest
@@ -183,113 +183,131 @@ def _read(row: _RichRow) -> tuple[Facts | None, int]:
     known = _known_tools(row.tools)
     if known is None:
         return None, -1
-    reader = _Reader()
+    reader = _Reader(known.offered)
+    texts = reader.texts
+    quotes = _QUOTES_PER_ROW + known.quotes + _QUOTES_PER_MESSAGE * len(row.messages)
+    if row.parallel_tool_calls is not UNSET:
+        quotes += 2
     for message in row.messages:
         if isinstance(message, _RichAssistant):
-            reader.read_answer(message)
+            quotes += reader.read_answer(message)
+            continue
+        content = message.content
+        if not content or content.isspace():
+            reader.doubtful = True
+        if isinstance(message, _RichTool):
+            quotes += reader.read_reply(message.tool_call_id)
+            texts.add_message("t", content)
         else:
-            reader.read_other(message, type(message))
-    quotes = _QUOTES_PER_ROW + known.quotes + reader.quotes + 2 * (row.parallel_tool_calls is not UNSET)
-    function = reader.calling or bool(known.digest)
-    facts = reader.texts.facts(FUNCTION if function else CHAT, known.digest)
+            reader.doubtful |= bool(reader.waiting)
+            texts.add_message("u" if isinstance(message, _RichUser) else "s", content)
+        if message.name is not UNSET:
+            quotes += _quotes_of(message.name)
+    facts = texts.facts(FUNCTION if reader.calling or known.digest else CHAT, known.digest)
     if reader.doubtful or not reader.teaches or not facts.shape.regular:
-        return None, quotes
-    if function and not _is_sound(reader.exchange, known.offered):
         return None, quotes
     return facts, quotes
 
 
 class _Reader:
-    """Goes over the messages of one row."""
+    """Goes over the messages of one row: doubtful is what the exact rules might complain of."""
 
-    __slots__ = ("calling", "doubtful", "exchange", "quotes", "teaches", "texts")
+    __slots__ = ("calling", "doubtful", "known", "offered", "teaches", "texts", "waiting")
 
-    def __init__(self) -> None:
+    def __init__(self, offered: tools.Offered) -> None:
+        self.offered = offered
         self.texts = Texts()
-        self.quotes = 0
         self.calling = False
         self.doubtful = False
         self.teaches = False
-        self.exchange: list[dict[str, Any]] = []
-        """The messages as the rules of tools want them."""
+        self.known: set[str] = set()
+        """Ids of the calls so far."""
+        self.waiting: set[str] = set()
+        """Those of them without a reply yet."""
 
-    def read_other(self, message: Any, kind: type) -> None:
-        """A message that is no answer."""
-        content: str = message.content
-        self.quotes += _QUOTES_PER_MESSAGE
-        if not content or content.isspace():
+    def read_reply(self, identifier: str | UnsetType | None) -> int:
+        """The id in a tool's message; the answer is its quotes."""
+        self.calling = True
+        if identifier is UNSET:
             self.doubtful = True
-        if kind is _RichTool:
-            self.calling = True
-            identifier = message.tool_call_id
-            if identifier is UNSET:
-                self.doubtful = True
-            else:
-                self.quotes += _quotes_of(identifier)
-                self.exchange.append({"role": "tool", "tool_call_id": identifier})
-            self.texts.add_message("t", content)
+            return 0
+        if identifier in self.known:
+            self.waiting.discard(identifier)  # type: ignore[arg-type]
         else:
-            self.exchange.append(_OTHER_MESSAGE)
-            self.texts.add_message("u" if kind is _RichUser else "s", content)
-        if message.name is not UNSET:
-            self.quotes += _quotes_of(message.name)
+            self.doubtful = True
+        return _quotes_of(identifier)
 
-    def read_answer(self, message: _RichAssistant) -> None:
-        """An assistant's message."""
+    def read_answer(self, message: _RichAssistant) -> int:
+        """An assistant's message; the answer is the quotes it has more than role and content."""
         content, calls, reasoning, weight = (
             message.content,
             message.tool_calls,
             message.reasoning_content,
             message.weight,
         )
-        self.quotes += 4 + (0 if content is UNSET else _quotes_of(content))
-        if calls is not UNSET:
-            self.quotes += 2
+        if self.waiting:
+            self.doubtful = True
+        quotes = 0
+        if not content:
+            quotes = -4 if content is UNSET else 0 if content == "" else -2
+            self.doubtful |= not calls
+        elif content.isspace():
+            self.doubtful = True
         plain_calls: list[tuple[str, str]] = []
-        if calls:
-            self._read_calls(calls, plain_calls)
-            self.doubtful |= bool(content) and content.isspace()
-        else:
-            self.exchange.append(_OTHER_MESSAGE)
-            if not content or content.isspace():
-                self.doubtful = True
+        if calls is not UNSET:
+            quotes += 2
+            if calls:
+                quotes += self._read_calls(calls, plain_calls)
         if reasoning is not UNSET:
-            self.quotes += _quotes_of(reasoning)
+            quotes += _quotes_of(reasoning)
+        trained = True
         if weight is not UNSET:
-            self.quotes += 2
+            quotes += 2
+            trained = weight != 0
             if weight is not None and (type(weight) is not int or weight not in (0, 1)):
                 self.doubtful = True
         if message.name is not UNSET:
-            self.quotes += _quotes_of(message.name)
-        trained = weight != 0
+            quotes += _quotes_of(message.name)
         self.teaches |= trained
         self.texts.add_answer(
             content or "", plain_calls, reasoning or None, trained=trained, weights=weight is not UNSET
         )
+        return quotes
 
-    def _read_calls(self, calls: list[_Call], plain_calls: list[tuple[str, str]]) -> None:
+    def _read_calls(self, calls: list[_Call], plain_calls: list[tuple[str, str]]) -> int:
+        """Their quotes. Beyond doubt are calls that the tools offered allow, each with an id of its own."""
         self.calling = True
-        told: list[dict[str, Any]] = []
+        quotes = 0
+        ids: set[str] = set()
         for call in calls:
-            function = call.function
-            plain_calls.append((function.name, function.arguments))
-            as_dict: dict[str, Any] = {
-                "id": call.id,
-                "function": {"name": function.name, "arguments": function.arguments},
-            }
-            if call.type is UNSET:
-                self.quotes += 14
-            else:
-                self.quotes += 18
-                as_dict["type"] = call.type
-            told.append(as_dict)
-        self.exchange.append({"role": "assistant", "tool_calls": told})
+            name, arguments = call.function.name, call.function.arguments
+            quotes += 14
+            if call.type is not UNSET:
+                quotes += 4
+                self.doubtful |= call.type != "function"
+            if self.doubtful or not call.id or call.id in ids or not _is_allowed(self.offered.get(name), arguments):
+                self.doubtful = True
+            ids.add(call.id)
+            plain_calls.append((name, arguments))
+        self.known |= ids
+        self.waiting = ids
+        return quotes
 
 
-_OTHER_MESSAGE: dict[str, Any] = {"role": "user"}
+def _is_allowed(tool: tools.Tool | None, text: str) -> bool:
+    """Whether `text` holds arguments that the tool takes."""
+    if tool is None:
+        return False
+    try:
+        arguments = strict_json.loads(text.encode())
+    except InvalidRequest:
+        return False
+    if not isinstance(arguments, dict) or not tool.required <= arguments.keys():
+        return False
+    return tool.schema is None or schemas.mismatch(tool.schema, arguments, len(text)) is None
 
 
-def _quotes_of(value: str | None) -> int:
+def _quotes_of(value: str | UnsetType | None) -> int:
     """Of a key and its value."""
     return 2 if value is None else 4
 
@@ -331,14 +349,3 @@ def _learn_tools(data: bytes) -> _Tools | None:
     if reporter.counts:
         return None
     return _Tools(tools_digest(value), 2 + strict_json.count_quotes(data), offered)
-
-
-def _is_sound(exchange: list[dict[str, Any]], offered: tools.Offered) -> bool:
-    """Whether the rules of tools find nothing in calls and replies."""
-    reporter = Reporter()
-    row = Row(reporter, 1, 0)
-    for message in exchange:
-        if "tool_calls" in message:
-            tools.check_calls(row, message, ("messages",))
-    tools.check_exchange(row, exchange, offered, ("messages",))
-    return not reporter.counts

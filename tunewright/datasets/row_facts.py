@@ -65,14 +65,14 @@ def shape_of(code: str) -> Shape:
 
 
 class Facts(msgspec.Struct, gc=False):
-    """One row. `texts` and `sizes` have an entry for each message of `shape` (for preference rows: of the input)."""
+    """One row. `texts` has an entry for each message of `shape` (for preference rows: of the input)."""
 
     kind: str
     shape: Shape
     texts: list[str]
     """All that a message holds, as one text: two messages are the same if role and text are."""
-    sizes: list[int]
-    """Characters of contents, reasoning, and of names and arguments of calls."""
+    characters: int
+    """Of contents, reasoning, and of names and arguments of calls."""
     answer: str = ""
     """The last answer; of a preference row both of them."""
     trained: int = 0
@@ -86,19 +86,17 @@ class Facts(msgspec.Struct, gc=False):
     images: int = 0
     pair: str = ""
     """Preference rows: both answers in an order of their own, so that rows that differ only in which is preferred agree."""
-    more: int = 0
-    """Preference rows: characters of both answers."""
 
 
 class Texts:
     """Goes over the messages of a row and collects what `Facts` need."""
 
-    __slots__ = ("calls", "images", "letters", "reasoning", "sizes", "texts", "trained", "weights")
+    __slots__ = ("calls", "characters", "images", "letters", "reasoning", "texts", "trained", "weights")
 
     def __init__(self) -> None:
         self.letters: list[str] = []
         self.texts: list[str] = []
-        self.sizes: list[int] = []
+        self.characters = 0
         self.trained = 0
         self.calls: list[str] = []
         self.reasoning = False
@@ -109,7 +107,7 @@ class Texts:
         """A message that is no answer."""
         self.letters.append(role)
         self.texts.append(content)
-        self.sizes.append(len(content))
+        self.characters += len(content)
 
     def add_answer(
         self,
@@ -139,7 +137,7 @@ class Texts:
             content += _UNTRAINED
         self.letters.append("c" if calls else "a")
         self.texts.append(content)
-        self.sizes.append(size)
+        self.characters += size
 
     def facts(self, kind: str, tools: str) -> Facts:
         """The facts of a row of these messages."""
@@ -148,7 +146,7 @@ class Texts:
             kind,
             shape,
             self.texts,
-            self.sizes,
+            self.characters,
             self.texts[shape.last] if shape.last >= 0 else "",
             self.trained,
             tools,
@@ -207,7 +205,8 @@ def facts_of(value: dict[str, Any], kind: str) -> Facts:
     facts = texts.facts(kind, tools)
     facts.answer = answers[0]
     facts.pair = "\0".join(sorted(answers))
-    facts.trained = facts.more = of_answers.trained
+    facts.trained = of_answers.trained
+    facts.characters += of_answers.characters
     facts.calls += of_answers.calls
     facts.reasoning |= of_answers.reasoning
     return facts

@@ -147,11 +147,21 @@ class Scan:
         found = fast_rows.rich_rows(data, len(marks.ends), marks.quotes)
         if found is None:
             return False
+        for i in odd:
+            found[i] = None
+        clean: list[tuple[bytes, Facts]] = []
         start = 0
-        for i, (end, facts) in enumerate(zip(marks.ends, found, strict=True)):
-            self.lines += 1
-            self._read_line(data[start:end], offset + start, None if i in odd else facts, doubted=True)
+        for end, facts in zip(marks.ends, found, strict=True):
+            if facts is not None and agreed_kind(self.kind, facts.kind):
+                self.kind = agreed_kind(self.kind, facts.kind)
+                clean.append((data[start:end], facts))
+            else:
+                self._take_facts(clean)
+                clean = []
+                self.lines += 1
+                self._read_line(data[start:end], offset + start, facts, doubted=True)
             start = end + 1
+        self._take_facts(clean)
         return True
 
     def _look_needed(self, data: bytes) -> bool:
@@ -265,14 +275,32 @@ class Scan:
             return
         if self._compare:
             self._note(key, *fingerprints.keys_of(facts), length)
-        if not self.depth.statistics:
-            return
+        if self.depth.statistics:
+            self.statistics.add([facts])
+            if self._compare:
+                self._measure([(data, facts)], [key])
+
+    def _take_facts(self, rows: list[tuple[bytes, Facts]]) -> None:
+        """Count and compare rows without problems, with their lines, whose kinds agree."""
+        self.lines += len(rows)
+        self.rows += len(rows)
+        keys = [fingerprints.row_key(data) for data, _ in rows] if self._compare else []
+        for key, (data, facts) in zip(keys, rows, strict=False):
+            self.fingerprints.add(key, *fingerprints.keys_of(facts), len(data) + 1)
+        if self.depth.statistics:
+            self.statistics.add([facts for _, facts in rows])
+            if self._compare:
+                self._measure(rows, keys)
+
+    def _measure(self, rows: list[tuple[bytes, Facts]], keys: list[int]) -> None:
+        """What takes a look at lengths and texts."""
         statistics = self.statistics
-        statistics.add(facts)
-        characters = sum(facts.sizes) + facts.more
-        statistics.characters += characters
-        if self._compare:
-            statistics.add_lengths([characters], [facts.trained], [len(data)])
+        statistics.add_lengths(
+            [facts.characters for _, facts in rows],
+            [facts.trained for _, facts in rows],
+            [len(data) for data, _ in rows],
+        )
+        for key, (_, facts) in zip(keys, rows, strict=True):
             if facts.shape.has_system:
                 statistics.add_system_prompt(fingerprints.row_key(facts.texts[0].encode()))
             if key <= statistics.sample_limit:

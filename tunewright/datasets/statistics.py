@@ -152,21 +152,25 @@ class Statistics(msgspec.Struct):
                 _count(self.roles, role, number * rows)
             _count(self.tasks, _task(kind, shape), rows)
 
-    def add(self, facts: Facts) -> None:
-        """Count one row, but for its lengths and texts."""
-        self.add_shapes([facts.shape], facts.kind)
-        if facts.kind == PREFERENCE:
-            self.messages += 2
-            _count(self.roles, "assistant", 2)
-        self.with_tools += bool(facts.tools)
-        self.with_reasoning += facts.reasoning
-        self.with_weights += facts.weights
-        self.with_images += facts.images > 0
-        self.images += facts.images
-        self.calls += len(facts.calls)
-        for name in facts.calls:
-            if name in self.called or len(self.called) < _MAX_NAMES:
-                _count(self.called, name, 1)
+    def add(self, rows: list[Facts]) -> None:
+        """Count some rows, but for their lengths and texts."""
+        for kind in {facts.kind for facts in rows}:
+            self.add_shapes([facts.shape for facts in rows if facts.kind == kind], kind)
+        for facts in rows:
+            self.characters += facts.characters
+            self.with_tools += facts.tools != ""
+            self.with_reasoning += facts.reasoning
+            self.with_weights += facts.weights
+            if facts.images:
+                self.with_images += 1
+                self.images += facts.images
+            if facts.kind == PREFERENCE:
+                self.messages += 2
+                _count(self.roles, "assistant", 2)
+            for name in facts.calls:
+                self.calls += 1
+                if name in self.called or len(self.called) < _MAX_NAMES:
+                    _count(self.called, name, 1)
 
     def add_lengths(self, characters: list[int], trained: list[int], line_bytes: list[int]) -> None:
         """Count rows by length: characters, those that are trained on, bytes."""
