@@ -23,15 +23,24 @@ _MAX_CONFIG_BYTES = 2**20
 
 
 def linear_names(model: Any) -> list[str]:
-    """The last name parts of all linear layers but the output head ('q_proj', ...), sorted."""
+    """The last name parts of the linear layers that get an adapter ('q_proj', ...), sorted: all but the output head.
+
+    Of a mixture of experts only those of attention. Its routed experts are stacked in one tensor, each sees few tokens of a
+    small set, and an adapter for each of a hundred would outweigh the rest; and what else is called as they once were
+    (`gate_proj` of a shared expert or of a dense layer) PEFT takes for them when it loads the adapter.
+    """
     head = model.get_output_embeddings()
-    return sorted(
-        {
-            name.rpartition(".")[2]
-            for name, module in model.named_modules()
-            if isinstance(module, torch.nn.Linear) and module is not head
-        }
-    )
+    found = {
+        name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and module is not head
+    }
+    if has_stacked_experts(model):
+        found = {name for name in found if "attn" in name or "attention" in name}
+    return sorted({name.rpartition(".")[2] for name in found})
+
+
+def has_stacked_experts(model: Any) -> bool:
+    """Whether the model keeps the weights of many experts as one tensor [experts, out, in]."""
+    return any(parameter.ndim == 3 and ".experts." in name for name, parameter in model.named_parameters())
 
 
 def add_lora(model: Any, *, rank: int, alpha: int, targets: list[str], seed: int) -> None:
