@@ -80,6 +80,14 @@ def image(url: object, role: str = "user") -> bytes:
     return file({"messages": [USER, {"role": "user", "content": [part]}, ASSISTANT]})
 
 
+_IMAGE = {"type": "image_url", "image_url": {"url": PIXEL}}
+
+
+def _answers(*parts: object) -> bytes:
+    """A row whose answer is made of these parts."""
+    return file({"messages": [USER, {"role": "assistant", "content": list(parts)}]})
+
+
 def preference(**changes: object) -> bytes:
     row: dict[str, object] = {
         "input": {"messages": [USER]},
@@ -296,6 +304,14 @@ CASES = [
         file({"messages": [{"role": "assistant", "content": [{"type": "image_url", "image_url": {"url": PIXEL}}]}]}),
         "missing_field", line=1,
     ),
+    Case("two images to generate", _answers(_IMAGE, _IMAGE), "too_many_images", line=1, pointer="/messages/1/content/1"),
+    Case("an image between texts to generate", _answers(_IMAGE, {"type": "text", "text": "A dot."}), "too_many_images", "none"),
+    Case("an image shown and one answered", file({"messages": [
+        {"role": "user", "content": [_IMAGE]}, {"role": "assistant", "content": [_IMAGE]}]}),
+        "invalid_content_part", line=1, pointer="/messages/1/content/0/type"),
+    Case("an image asked after one is generated", file({"messages": [
+        USER, {"role": "assistant", "content": [_IMAGE]}, {"role": "user", "content": [_IMAGE]}, ASSISTANT]}),
+        "invalid_content_part", line=1, pointer="/messages/2/content/0/type"),
     Case("part of an unknown type", chat({"role": "user", "content": [{"type": "video"}]}, ASSISTANT), "invalid_content_part"),
     Case("part without text", chat({"role": "user", "content": [{"type": "text"}]}, ASSISTANT), "missing_field", line=2),
     Case("image from a tool", function(USER, call(), {**reply(), "content": [{"type": "image_url"}]}, ASSISTANT),

@@ -88,6 +88,26 @@ def test_good_files_have_their_kind_and_no_problem(tmp_path: Path) -> None:
         assert report.rows == data.count(b"\n")
 
 
+@pytest.mark.parametrize("role", ["user", "assistant"])
+def test_an_image_has_no_characters_and_no_language(tmp_path: Path, role: str) -> None:
+    shown = {"type": "image_url", "image_url": {"url": PIXEL}}
+    turns = {"user": [{"type": "text", "text": "图里是什么"}], "assistant": [{"type": "text", "text": "一个点"}]}
+    turns[role] = [shown, *turns[role], *([shown] if role == "user" else [])]
+    report = checked(tmp_path, file({"messages": [{"role": name, "content": parts} for name, parts in turns.items()]}))
+    assert report.ok, report.problems
+    found = report.statistics
+    assert (found["characters"], found["characters_per_row"]["max"], found["images"]) == (8, 8, 1 + (role == "user"))
+    assert found["trained_characters_per_row"]["max"] == 3
+    assert found["languages"]["shares"] == {"zh": 1.0}
+
+
+def test_rows_with_other_images_are_other_rows(tmp_path: Path) -> None:
+    other = "data:image/png;base64," + PIXEL
+    report = checked(tmp_path, image(PIXEL) + image(other) + image(PIXEL))
+    assert report.counts == {"few_rows": 1, "duplicate_row": 1}
+    assert [problem.line for problem in report.problems if problem.code == "duplicate_row"] == [3]
+
+
 def test_a_file_is_what_its_rows_agree_on(tmp_path: Path) -> None:
     with_tools = function(USER, call(), reply(), ASSISTANT)
     assert checked(tmp_path, with_tools + file(GOOD)).kind == "function"

@@ -150,14 +150,23 @@ def _check_data(row: Row, media_type: str | None, is_base64: bool, body: str, pa
         row.error("invalid_image", mark("line {line}, {field} holds no JPEG, PNG or WebP image"), path)
 
 
-def check_count(row: Row, messages: list[dict[str, Any]]) -> None:
-    """Refuse a row with more images than one example may have."""
-    found = sum(
-        isinstance(part, dict) and part.get("type") == "image_url"
-        for message in messages
-        if isinstance(message.get("content"), list)
-        for part in message["content"]
-    )
+def check_images(row: Row, messages: list[dict[str, Any]], *, generated: bool) -> None:
+    """Complain about too many images in a row, and about images that stand where none belongs: a row to generate an image
+    has one, in its answer; in any other row users show images, and answers are texts."""
+    found = 0
+    for i, message in enumerate(messages):
+        content = message.get("content")
+        for k, part in enumerate(content if isinstance(content, list) else ()):
+            if not isinstance(part, dict) or part.get("type") != "image_url":
+                continue
+            found += 1
+            place = ("messages", i, "content", k)
+            if generated != (message.get("role") == "assistant"):
+                sentence = mark("line {line}, {field} is {found}; allowed: {allowed}")
+                row.error("invalid_content_part", sentence, (*place, "type"), found=shown("image_url"), allowed="text")
+            elif generated and found == 2:
+                sentence = mark("line {line}, {field} is a second image; a row to generate an image has one")
+                row.error("too_many_images", sentence, place)
     if found > MAX_IMAGES:
         sentence = mark("line {line}, {field} holds {found} images; at most {limit} are allowed")
         row.error("too_many_images", sentence, ("messages",), found=found, limit=MAX_IMAGES)

@@ -70,7 +70,7 @@ def check_row(row: Row, value: dict[str, Any]) -> str:
     elif kind == IMAGE_GENERATION and "user" not in roles:
         row.missing(("messages", len(messages), "content"))
     if kind in (IMAGE_UNDERSTANDING, IMAGE_GENERATION):
-        media.check_count(row, messages)
+        media.check_images(row, messages, generated=kind == IMAGE_GENERATION)
     return kind
 
 
@@ -237,7 +237,7 @@ def _check_answers(row: Row, messages: list[dict[str, Any]], roles: list[str], k
     if not any(role == "assistant" and _teaches(message) for message, role in zip(messages, roles, strict=True)):
         row.error(
             "nothing_to_train",
-            mark("line {line}: every assistant message has weight 0, so {field} teaches nothing"),
+            mark("line {line}: every assistant message has weight 0, so {field} teach nothing"),
             ("messages",),
         )
 

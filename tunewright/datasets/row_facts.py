@@ -14,7 +14,7 @@ _MAX_KNOWN = 2000
 # Texts hold no NUL, so these tell apart what a text can't.
 _REASONING = "\0\1r"
 _CALL = "\0\1c"
-_IMAGE = "\0\1i"
+_IMAGE = "\0\1#"
 _UNTRAINED = "\0\1w"
 
 
@@ -103,10 +103,10 @@ class Texts:
         self.weights = False
         self.images = 0
 
-    def add_message(self, role: str, content: str) -> None:
-        """A message that is no answer."""
+    def add_message(self, role: str, content: str, images: str = "") -> None:
+        """A message that is no answer; `images` stands for its images, which have no characters."""
         self.letters.append(role)
-        self.texts.append(content)
+        self.texts.append(content + images)
         self.characters += len(content)
 
     def add_answer(
@@ -117,9 +117,11 @@ class Texts:
         *,
         trained: bool,
         weights: bool,
+        images: str = "",
     ) -> None:
-        """An assistant's message; `calls` are names and arguments."""
+        """An assistant's message; `calls` are names and arguments, `images` as of `add_message`."""
         size = len(content)
+        content += images
         if calls:
             for name, arguments in calls:
                 size += len(name) + len(arguments)
@@ -158,9 +160,9 @@ class Texts:
 
     def add(self, message: dict[str, Any]) -> None:
         """A message of a row that passed the check."""
-        content = self._content(message.get("content"))
+        content, images = self._content(message.get("content"))
         if message["role"] != "assistant":
-            self.add_message(message["role"][0], content)
+            self.add_message(message["role"][0], content, images)
             return
         calls = [(call["function"]["name"], call["function"]["arguments"]) for call in message.get("tool_calls") or ()]
         self.add_answer(
@@ -169,17 +171,21 @@ class Texts:
             message.get("reasoning_content"),
             trained=message.get("weight", 1) != 0,
             weights="weight" in message,
+            images=images,
         )
 
-    def _content(self, content: str | list[dict[str, Any]] | None) -> str:
+    def _content(self, content: str | list[dict[str, Any]] | None) -> tuple[str, str]:
+        """What the parts say, and what stands for the images among them: digits, which belong to no language."""
         if content is None or isinstance(content, str):
-            return content or ""
+            return content or "", ""
         text = "".join(part["text"] for part in content if part["type"] == "text")
-        for part in content:
-            if part["type"] == "image_url":
-                self.images += 1
-                text += _IMAGE + msgspec.json.encode(part["image_url"], order="sorted").decode()
-        return text
+        images = [part["image_url"] for part in content if part["type"] == "image_url"]
+        self.images += len(images)
+        return text, "".join(f"{_IMAGE}{_image_key(image)}" for image in images)
+
+
+def _image_key(image: Any) -> int:
+    return xxhash.xxh3_64_intdigest(msgspec.json.encode(image, order="sorted"))
 
 
 def tools_digest(tools: list[Any]) -> str:
