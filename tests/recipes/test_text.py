@@ -358,7 +358,7 @@ def test_memory_that_runs_out_twice_fails_with_advice(
 
 
 def test_an_unknown_method_is_refused(tmp_path: Path, base: Path) -> None:
-    found = train_here(write_job(tmp_path / "job", base, method="dpo"))
+    found = train_here(write_job(tmp_path / "job", base, method="reinforcement"))
     assert failed(found).code == "unsupported_method"
 
 

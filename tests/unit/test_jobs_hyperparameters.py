@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tunewright.errors import InvalidRequest
-from tunewright.jobs.hyperparameters import BASE_LEARNING_RATE, parse, resolve
+from tunewright.jobs.hyperparameters import BASE_LEARNING_RATE, DPO_LEARNING_RATE, parse, resolve
 from tunewright.jobs.spec import Hyperparameters
 
 AUTO = {"n_epochs": "auto", "batch_size": "auto", "learning_rate_multiplier": "auto"}
@@ -92,6 +92,14 @@ def test_what_is_no_object_is_refused(values: Any) -> None:
     with pytest.raises(InvalidRequest) as caught:
         parse(values, method="supervised", context_tokens=2048)
     assert caught.value.param == "hyperparameters"
+
+
+def test_pairs_are_passed_over_less_often_and_more_gently() -> None:
+    pairs, rows = resolved(10_000, method="dpo"), resolved(10_000)
+    assert (pairs.n_epochs, rows.n_epochs) == (2, 3)
+    assert pairs.learning_rate == DPO_LEARNING_RATE < rows.learning_rate == BASE_LEARNING_RATE["lora"]
+    assert resolved(10, method="dpo").n_epochs == 6  # as many as make 60 steps
+    assert resolved(100, method="dpo", learning_rate_multiplier=2).learning_rate == 2 * DPO_LEARNING_RATE
 
 
 def test_beta_belongs_to_dpo() -> None:

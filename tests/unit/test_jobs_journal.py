@@ -143,6 +143,18 @@ def test_validation_names_are_there_only_when_measured() -> None:
     assert (events.metrics(JOB, metrics(1, eval_loss=2.5)).data or {})["valid_loss"] == 2.5
 
 
+def test_steps_of_preference_training_have_names_of_their_own() -> None:
+    event = events.metrics(
+        JOB, metrics(1, eval_loss=0.5, eval_accuracy=0.75, reward_margin=0.2, eval_reward_margin=0.1)
+    )
+    data = event.data or {}
+    assert (data["train_reward_accuracy"], data["reward_margin"], data["acc"]) == (0.25, 0.2, 0.25)
+    assert (data["valid_reward_accuracy"], data["eval_reward_margin"], data["eval_acc"]) == (0.75, 0.1, 0.75)
+    assert "train_mean_token_accuracy" not in data and "valid_mean_token_accuracy" not in data
+    assert event.message.format(**event.values) == "Step 1/4: loss=1.5000, margin=0.2000"
+    assert "reward_margin" not in (events.metrics(JOB, metrics(1)).data or {})
+
+
 def test_the_result_table_has_empty_cells_and_one_row_a_step() -> None:
     made = [events.metrics(JOB, record) for record in (metrics(2, eval_loss=0.5), metrics(1))]
     made.append(events.message(JOB, "note", "x"))

@@ -126,7 +126,7 @@ def test_a_seed_is_made_where_none_is_given(bench: Bench) -> None:
             )
         ),
         ({"method": "reinforcement"}, "invalid_request", "method_not_supported", "method.type"),
-        ({"method": "dpo"}, "invalid_request", "method_not_supported", "method.type"),
+        ({"method": "dpo"}, "invalid_request", "kind_not_supported", "training_file"),
         ({"method": ["x"]}, "invalid_request", "method_not_supported", "method.type"),
         ({"training_type": "full"}, "invalid_request", "training_type_not_supported", "training_type"),
         ({"training_type": "dpo"}, "invalid_request", "training_type_not_supported", "training_type"),
@@ -240,8 +240,11 @@ def test_bases_that_do_not_fit(bench: Bench) -> None:
     assert closed.code == "model_not_tunable" and "rich" in closed.text()
     assert refused(bench, model="absent").code == "model_not_pulled"
     assert refused(bench, model="rich", method="dpo").code == "kind_not_supported"
+    pairs = bench.upload(kind="preference")
+    both = refused(bench, model="rich", method="dpo", training_file=pairs, training_type="full")
+    assert both.code == "training_type_not_supported" and both.values["offered"] == "lora"
     assert create(bench, model="rich", training_type="full").training_type == "full"
-    assert create(bench, model="rich", method="dpo", training_file=bench.upload(kind="preference")).method == "dpo"
+    assert create(bench, model="rich", method="dpo", training_file=pairs).method == "dpo"
 
 
 def test_another_projects_file_and_job_do_not_exist(bench: Bench) -> None:

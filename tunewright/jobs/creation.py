@@ -79,7 +79,7 @@ def check_method(base: Base, method: Any, training_type: Any) -> None:
             model=base.code,
             offered=", ".join(offered),
         )
-    types = [name for name in base.methods if name != DPO]
+    types = [name for name in base.methods if name == "lora" or (name != DPO and method != DPO)]
     if not isinstance(training_type, str) or training_type not in types:
         raise InvalidRequest(
             "training_type_not_supported",

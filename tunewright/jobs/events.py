@@ -55,6 +55,8 @@ def metrics(job: Job, record: Metrics) -> JobEvent:
     """One optimizer step, under the names that either dialect's clients read."""
     loss = finite(record.loss)
     text = mark("Step {step}/{total_steps}: loss={loss}")
+    if record.reward_margin is not None:
+        text = mark("Step {step}/{total_steps}: loss={loss}, margin={margin}")
     if loss is None:
         text = mark("Step {step}/{total_steps}")
     return JobEvent(
@@ -68,7 +70,8 @@ def metrics(job: Job, record: Metrics) -> JobEvent:
             "step": record.step,
             "total_steps": record.total_steps,
             "loss": None if loss is None else f"{loss:.4f}",
-        },
+        }
+        | ({} if record.reward_margin is None else {"margin": f"{record.reward_margin:.4f}"}),
         data=_metrics_data(record),
         step=record.step,
         created_at=wall_s(),
@@ -125,14 +128,23 @@ def _metrics_data(record: Metrics) -> dict[str, Any]:
         "learning_rate": finite(record.learning_rate),
         "step": record.step,
         "train_loss": loss,
-        "train_mean_token_accuracy": accuracy,
     }
+    pairs = record.reward_margin is not None
+    data |= (
+        {"train_reward_accuracy": accuracy, "reward_margin": finite(record.reward_margin)}
+        if pairs
+        else {"train_mean_token_accuracy": accuracy}
+    )
     if record.eval_loss is not None or record.eval_accuracy is not None:
         eval_loss, eval_accuracy = finite(record.eval_loss), finite(record.eval_accuracy)
         data |= {
             "eval_loss": eval_loss,
             "eval_acc": eval_accuracy,
             "valid_loss": eval_loss,
-            "valid_mean_token_accuracy": eval_accuracy,
         }
+        data |= (
+            {"valid_reward_accuracy": eval_accuracy, "eval_reward_margin": finite(record.eval_reward_margin)}
+            if pairs
+            else {"valid_mean_token_accuracy": eval_accuracy}
+        )
     return data

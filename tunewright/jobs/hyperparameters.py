@@ -8,6 +8,7 @@ the loss falls from 2.4 to 0.12.
 - `batch_size`: rows // 64, at least 1, at most 16. A pass over the data is then about 64 optimizer steps, whatever its size.
 - `n_epochs`: 3, or as many as make 60 optimizer steps where the data is tiny, at most 10.
 - `learning_rate_multiplier`: 1.0.
+- With preference rows (dpo) `n_epochs` begins at 2 and the learning rate is a tenth: pairs are learned sooner than answers.
 """
 
 import math
@@ -22,10 +23,12 @@ from tunewright.jobs.spec import Hyperparameters
 
 AUTO = "auto"
 BASE_LEARNING_RATE = {"lora": 2e-4, "full": 1e-5}
-"""What a multiplier of 1.0 means, by training type."""
+"""What a multiplier of 1.0 means in supervised training, by training type."""
+DPO_LEARNING_RATE = 2e-5
+"""The same for preference training."""
 DPO_BETA = 0.1
 
-_USUAL_EPOCHS = 3
+_USUAL_EPOCHS = {"supervised": 3, "dpo": 2}
 _MOST_AUTO_EPOCHS = 10
 _ENOUGH_STEPS = 60
 _STEPS_PER_EPOCH = 64
@@ -86,10 +89,10 @@ def resolve(
     multiplier = float(chosen("learning_rate_multiplier", 1.0))
     rank = chosen("lora_rank", _USUAL_RANK)
     return Hyperparameters(
-        n_epochs=chosen("n_epochs", min(_MOST_AUTO_EPOCHS, max(_USUAL_EPOCHS, enough))),
+        n_epochs=chosen("n_epochs", min(_MOST_AUTO_EPOCHS, max(_USUAL_EPOCHS[method], enough))),
         batch_size=batch_size,
         learning_rate_multiplier=multiplier,
-        learning_rate=BASE_LEARNING_RATE[training_type] * multiplier,
+        learning_rate=(DPO_LEARNING_RATE if method == "dpo" else BASE_LEARNING_RATE[training_type]) * multiplier,
         lora_rank=rank,
         lora_alpha=chosen("lora_alpha", 2 * rank),
         max_length=chosen("max_length", min(_USUAL_LENGTH, context_tokens)),

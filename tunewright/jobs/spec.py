@@ -120,6 +120,10 @@ class Metrics(msgspec.Struct, frozen=True, kw_only=True, tag="metrics"):
     remaining_s: float | None
     eval_loss: float | None = None
     eval_accuracy: float | None = None
+    reward_margin: float | None = None
+    """Of preference training: by how much the preferred answers gained more than the others, times beta, on average. There
+    `accuracy` is the share of pairs in which they did."""
+    eval_reward_margin: float | None = None
 
 
 class Checkpoint(msgspec.Struct, frozen=True, kw_only=True, tag="checkpoint"):

@@ -36,8 +36,8 @@ class Base(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     source: Source
     licence: str
     context_tokens: int
-    row_kinds: tuple[str, ...] = ("chat", "function")
-    methods: tuple[str, ...] = ("lora",)
+    row_kinds: tuple[str, ...] = ("chat", "function", "preference")
+    methods: tuple[str, ...] = ("lora", "dpo")
     pool: bool = True
     aliases: tuple[str, ...] = ()
     tokens_per_image: int = 1600

@@ -63,8 +63,8 @@ def _window_mask(query: torch.Tensor, sliding_window: int | None) -> torch.Tenso
 AttentionInterface.register(ATTENTION, attend_per_conversation)
 
 
-class _SummedCrossEntropy(torch.autograd.Function):
-    """Sum of -log p(label) and the number of labels that were the likeliest token, for a head that is not trained.
+class _CrossEntropies(torch.autograd.Function):
+    """-log p(label) of each label, and whether it was the likeliest token, for a head that is not trained.
 
     The gradient is made in the forward pass, so the logits of all labels never exist together.
     """
@@ -72,31 +72,37 @@ class _SummedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: torch.Tensor, head: torch.Tensor, labels: torch.Tensor) -> Any:
         gradient = torch.empty_like(hidden) if hidden.requires_grad else None
-        loss = torch.zeros((), dtype=torch.float64, device=hidden.device)
-        right = torch.zeros((), dtype=torch.int64, device=hidden.device)
+        losses = torch.empty(len(labels), device=hidden.device)
+        right = torch.empty(len(labels), dtype=torch.bool, device=hidden.device)
         for start in range(0, len(labels), _LABELS_AT_ONCE):
             part = slice(start, start + _LABELS_AT_ONCE)
             wanted = labels[part, None]
             logits = (hidden[part] @ head.t()).float()
-            right += (logits.argmax(-1, keepdim=True) == wanted).sum()
+            right[part] = logits.argmax(-1) == labels[part]
             normaliser = logits.logsumexp(-1, keepdim=True)
-            loss += (normaliser - logits.gather(-1, wanted)).sum(dtype=torch.float64)
+            losses[part] = (normaliser - logits.gather(-1, wanted))[:, 0]
             if gradient is not None:
                 error = logits.sub_(normaliser).exp_()
                 error.scatter_add_(-1, wanted, torch.full_like(wanted, -1, dtype=error.dtype))
                 torch.mm(error.to(head.dtype), head, out=gradient[part])
         ctx.save_for_backward(gradient)
         ctx.mark_non_differentiable(right)
-        return loss, right
+        return losses, right
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
         (gradient,) = ctx.saved_tensors
-        return gradient * gradients[0].to(gradient.dtype), None, None
+        return gradient * gradients[0][:, None].to(gradient.dtype), None, None
 
 
 def summed_loss(model: Any, flat: Flat, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """(summed cross-entropy, float64; labels that the model would have chosen itself), both scalars on `device`."""
+    losses, right = label_losses(model, flat, device)
+    return losses.sum(dtype=torch.float64), right.sum()
+
+
+def label_losses(model: Any, flat: Flat, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """(cross-entropy of each label, float32 (N,); whether it was the likeliest token, bool (N,)) on `device`."""
     hidden_1TC = model.base_model(
         input_ids=torch.from_numpy(flat.tokens)[None].to(device),
         position_ids=torch.from_numpy(flat.positions)[None].to(device),
@@ -104,7 +110,7 @@ def summed_loss(model: Any, flat: Flat, device: torch.device) -> tuple[torch.Ten
         lengths=flat.lengths,
     ).last_hidden_state
     hidden_NC = hidden_1TC[0].index_select(0, torch.from_numpy(flat.predicts).to(device))
-    return _SummedCrossEntropy.apply(
+    return _CrossEntropies.apply(
         hidden_NC, model.get_output_embeddings().weight, torch.from_numpy(flat.labels).to(device)
     )
 

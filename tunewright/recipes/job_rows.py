@@ -11,23 +11,26 @@ from tunewright.recipes.attempt import Attempt
 from tunewright.rendering.renderer import Renderer
 
 
-def read(attempt: Attempt, renderer: Renderer) -> tuple[packing.Rows, packing.Rows | None]:
-    """The rows to train on and those to validate with. Raises what `packing.read_rows` raises."""
+def read(attempt: Attempt, renderer: Renderer, sides: int = 1) -> tuple[packing.Rows, packing.Rows | None]:
+    """The rows to train on and those to validate with; `sides` is 2 for preference rows.
+
+    Raises what `packing.read_rows` raises.
+    """
     spec = attempt.spec
     bad, bad_validation = _lines_left_out(spec.skip_lines)
-    rows = _read(attempt, renderer, spec.training_data, spec.training_sha256, "training_file", bad)
+    rows = _read(attempt, renderer, spec.training_data, spec.training_sha256, "training_file", bad, sides)
     if spec.validation_data is None:
         return rows, None
     sha256 = spec.validation_sha256 or ""
-    validation = _read(attempt, renderer, spec.validation_data, sha256, "validation_file", bad_validation)
+    validation = _read(attempt, renderer, spec.validation_data, sha256, "validation_file", bad_validation, sides)
     _warn_of_overlap(attempt, rows, validation)
     return rows, validation
 
 
 def counts(rows: packing.Rows, validation: packing.Rows | None) -> dict[str, int]:
     """What happened to every row, as the job shows it."""
-    found = {"used": len(rows), "skipped": rows.skipped.rows, "cut": rows.cut.rows}
-    return found if validation is None else found | {"validation": len(validation)}
+    found = {"used": rows.n_examples, "skipped": rows.skipped.rows, "cut": rows.cut.rows}
+    return found if validation is None else found | {"validation": validation.n_examples}
 
 
 def _lines_left_out(path: str | None) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -39,7 +42,7 @@ def _lines_left_out(path: str | None) -> tuple[tuple[int, ...], tuple[int, ...]]
 
 
 def _read(
-    attempt: Attempt, renderer: Renderer, path: str, sha256: str, param: str, bad: tuple[int, ...]
+    attempt: Attempt, renderer: Renderer, path: str, sha256: str, param: str, bad: tuple[int, ...], sides: int
 ) -> packing.Rows:
     max_length = attempt.spec.hyperparameters.max_length
     rows = packing.read_rows(
@@ -52,6 +55,7 @@ def _read(
         skip_lines=frozenset(bad),
         cache=packing.cache_of(attempt.spec),
         data_sha256=sha256,
+        sides=sides,
     )
     if bad:
         attempt.note(
@@ -93,5 +97,5 @@ def _warn_of_overlap(attempt: Attempt, rows: packing.Rows, validation: packing.R
                 "{found} of the {rows} validation rows are also training rows, so the validation loss looks too good."
             ),
             found=found,
-            rows=len(validation),
+            rows=validation.n_examples,
         )

@@ -53,9 +53,20 @@ class Rows:
     cut: Tally
     skipped: Tally
     cached: bool = False
+    sides: int = 1
+    """2 for the rows of preference data: row 2i is the preferred answer to something, row 2i + 1 the other one."""
 
     def __len__(self) -> int:
         return len(self.starts)
+
+    @property
+    def n_examples(self) -> int:
+        """Lines of the file that are used: rows, or pairs of them."""
+        return len(self) // self.sides
+
+    def members(self, example: int) -> range:
+        """The rows of one example."""
+        return range(example * self.sides, (example + 1) * self.sides)
 
     def length(self, row: int) -> int:
         """Tokens of one row."""
@@ -94,10 +105,12 @@ def read_rows(
     skip_lines: frozenset[int] = frozenset(),
     cache: PackedCache | None = None,
     data_sha256: str = "",
+    sides: int = 1,
 ) -> Rows:
     """Every conversation of a file as tokens, at most the first `max_length` of each.
 
-    The lines of `skip_lines` (from 1) are left out; they and the rows that have no label left are skipped and counted. With
+    `sides` is 2 for preference rows, of which both conversations or none are used. The lines of `skip_lines` (from 1) are
+    left out; they and the rows that have no label left are skipped and counted. With
     a `cache`, the tokens are those kept there under `data_sha256`, or are kept there now. `between_rows` is called often
     and may raise to end the reading. Raises InvalidRequest(`nothing_to_train`) naming `param` if no row remains, and what is
     wrong with the first row that can't be rendered.
@@ -119,7 +132,7 @@ def read_rows(
             packed, cached = packed_rows.load(Path(folder)), False  # what is mapped outlives its name
     else:
         packed, cached = cache.use(key_of(data_sha256, renderer.hash), make, packed_rows.load, between_rows)
-    return _chosen(packed, max_length, param, skip_lines, cached)
+    return _chosen(packed, max_length, param, skip_lines, cached, sides)
 
 
 def cache_of(spec: TrainingSpec) -> PackedCache | None:
@@ -127,13 +140,22 @@ def cache_of(spec: TrainingSpec) -> PackedCache | None:
     return PackedCache(Path(spec.token_cache), spec.token_cache_bytes) if spec.token_cache else None
 
 
-def _chosen(packed: PackedRows, max_length: int, param: str, skip_lines: frozenset[int], cached: bool) -> Rows:
+def _chosen(
+    packed: PackedRows, max_length: int, param: str, skip_lines: frozenset[int], cached: bool, sides: int
+) -> Rows:
     """The rows that this job uses of all that were tokenised."""
     left_out = np.fromiter(skip_lines, np.int64, len(skip_lines))
     chosen = ~np.isin(packed.lines, left_out)
-    _refuse_unusable(packed, chosen, left_out)
+    _refuse_unusable(packed, chosen, left_out, sides)
     n_labels = packed.labels_within(max_length)
     usable = chosen & (n_labels > 0)
+    if sides == 2:
+        pairs = np.flatnonzero(chosen).reshape(-1, 2)
+        usable[pairs] = usable[pairs].all(1, keepdims=True)
+        for first, second in pairs[usable[pairs[:, 0]] & (packed.lengths[pairs] > max_length).any(1)]:
+            # What is left of two answers may be the same, and then there is nothing to prefer.
+            if _same(packed, first, second, max_length):
+                usable[[first, second]] = False
     skipped = np.unique(np.concatenate([packed.lines[~usable], packed.refused]))  # a preference row stands there twice
     if not usable.any() or packed.tokens is None:
         raise InvalidRequest(
@@ -144,7 +166,7 @@ def _chosen(packed: PackedRows, max_length: int, param: str, skip_lines: frozens
             rows=len(skipped),
         )
     lost = np.maximum(packed.lengths[usable] - max_length, 0)
-    cut_lines = packed.lines[usable][lost > 0]
+    cut_lines = np.unique(packed.lines[usable][lost > 0])
     return Rows(
         tokens=packed.tokens,
         starts=packed.starts[usable],
@@ -156,48 +178,72 @@ def _chosen(packed: PackedRows, max_length: int, param: str, skip_lines: frozens
         cut=Tally(len(cut_lines), int(lost.sum()), cut_lines[:LINES_NAMED].tolist()),
         skipped=Tally(len(skipped), 0, skipped[:LINES_NAMED].tolist()),
         cached=cached,
+        sides=sides,
     )
 
 
-def _refuse_unusable(packed: PackedRows, chosen: np.ndarray, left_out: np.ndarray) -> None:
-    """Raises what is wrong with the first row that the job wants and that is no conversation of text."""
+def _same(packed: PackedRows, first: int, second: int, max_length: int) -> bool:
+    """Whether the first `max_length` tokens of two rows are the same."""
+    if packed.tokens is None:
+        return False
+    starts, lengths = packed.starts, np.minimum(packed.lengths, max_length)
+    one, other = (packed.tokens[starts[row] : starts[row] + lengths[row]] for row in (first, second))
+    return np.array_equal(one, other)
+
+
+def _refuse_unusable(packed: PackedRows, chosen: np.ndarray, left_out: np.ndarray, sides: int) -> None:
+    """Raises what is wrong with the first row that the job wants and that is no conversation of text, or no two of them."""
     refused = packed.refused[~np.isin(packed.refused, left_out)]
     repeated = np.concatenate([np.zeros(1, bool), np.diff(packed.lines) == 0])[: len(packed.lines)]
-    other = packed.lines[chosen & ((packed.images > 0) | repeated)]
+    if sides == 2:
+        single = ~(repeated | np.concatenate([repeated[1:], np.zeros(1, bool)])[: len(repeated)])
+        other = packed.lines[chosen & ((packed.images > 0) | single)]
+    else:
+        other = packed.lines[chosen & ((packed.images > 0) | repeated)]
     first = min([*refused[:1].tolist(), *other[:1].tolist()], default=None)
     if first is not None:
-        _raise_cause(packed, first)
+        _raise_cause(packed, first, sides)
 
 
-def _raise_cause(packed: PackedRows, line: int) -> NoReturn:
+def _raise_cause(packed: PackedRows, line: int, sides: int) -> NoReturn:
     for cause in packed.causes:
         if cause.line == line:
             kind = Misconfigured if cause.kind == Misconfigured.kind else InvalidRequest
             raise kind(cause.code, cause.message, **cause.values)
+    if sides == 2:
+        raise InvalidRequest("wrong_format", mark("line {line} is not a preference row of text"), line=line)
     raise InvalidRequest("wrong_format", mark("line {line} is not a chat or function row"), line=line)
 
 
 def overlap(rows: Rows, others: Rows) -> int:
-    """How many of `others` are, token for token, also among `rows`."""
-    known = {hash(rows.tokens_of(row).tobytes()) for row in range(len(rows))}
-    return sum(hash(others.tokens_of(row).tobytes()) in known for row in range(len(others)))
+    """How many examples of `others` are, token for token, also among `rows`."""
+
+    def hashes(found: Rows) -> Iterator[int]:
+        for example in range(found.n_examples):
+            yield hash(tuple(found.tokens_of(row).tobytes() for row in found.members(example)))
+
+    known = set(hashes(rows))
+    return sum(one in known for one in hashes(others))
 
 
-def epoch_order(n_rows: int, seed: int, epoch: int) -> np.ndarray:
-    """A permutation of the rows that depends on nothing but its arguments, so a resumed job needs no state for it."""
-    return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(n_rows)
+def epoch_order(n_examples: int, seed: int, epoch: int) -> np.ndarray:
+    """A permutation of the examples that depends on nothing but its arguments, so a resumed job needs no state for it."""
+    return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(n_examples)
 
 
 def micro_batches(rows: Rows, chosen: np.ndarray, token_budget: int) -> Iterator[list[int]]:
-    """Split the rows of one optimizer step into groups of at most `token_budget` tokens; a longer row stands alone."""
+    """Split the examples of one optimizer step into groups of rows of at most `token_budget` tokens; a longer example
+    stands alone, and none is torn apart."""
     group: list[int] = []
     filled = 0
-    for row in map(int, chosen):
-        if group and filled + rows.length(row) > token_budget:
+    for example in map(int, chosen):
+        members = rows.members(example)
+        length = sum(map(rows.length, members))
+        if group and filled + length > token_budget:
             yield group
             group, filled = [], 0
-        group.append(row)
-        filled += rows.length(row)
+        group += members
+        filled += length
     if group:
         yield group
 

@@ -84,6 +84,10 @@ def _recipe(spec: TrainingSpec):
         from tunewright.recipes.text import train
 
         return train
+    if (spec.method, spec.training_type) == ("dpo", "lora"):
+        from tunewright.recipes.preference import train
+
+        return train
     raise InvalidRequest(
         "unsupported_method",
         mark("This release can't train with the method {method} and the type {training_type}."),

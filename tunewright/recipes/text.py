@@ -10,9 +10,11 @@ import errno
 import math
 import shutil
 from collections import deque
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -38,11 +40,15 @@ CLIP_NORM = 1.0
 OPTIMIZER = "optimizer.safetensors"
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _SPEED_STEPS = 20
+_Done = TypeVar("_Done")
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far the training is: all of it lies in a checkpoint. Losses are those of the last step and evaluation."""
+    """How far the training is: all of it lies in a checkpoint. Losses are those of the last step and evaluation.
+
+    Margins are of preference training only.
+    """
 
     step: int = 0
     tokens: int = 0
@@ -51,6 +57,8 @@ class Progress:
     accuracy: float | None = None
     eval_loss: float | None = None
     eval_accuracy: float | None = None
+    margin: float | None = None
+    eval_margin: float | None = None
 
 
 @dataclass(frozen=True)
@@ -69,8 +77,13 @@ def train(attempt: Attempt) -> Finished:
     for what a retry would not mend: `file_integrity`, `base_model_integrity`, `base_model_unsupported`, `nothing_to_train`,
     `out_of_memory`, `loss_not_finite`, `adapter_mismatch`, `base_mismatch`, `invalid_artifact`, `artifact_integrity`.
     """
+    return finish(Training, attempt)
+
+
+def finish(training: "type[Training]", attempt: Attempt) -> Finished:
+    """Make a training and run it. Raises what `train` raises."""
     try:
-        return Training(attempt).run()
+        return training(attempt).run()
     except (MemoryError, RuntimeError, OSError) as error:
         if not is_out_of_memory(error):
             raise
@@ -90,6 +103,9 @@ def train(attempt: Attempt) -> Finished:
 class Training:
     """One attempt's data, model and optimizer, made in that order; `run` is the loop."""
 
+    sides = 1
+    """Conversations in a row of the data."""
+
     def __init__(self, attempt: Attempt) -> None:
         self.attempt = attempt
         self.spec = attempt.spec
@@ -101,8 +117,8 @@ class Training:
 
         # data
         self.renderer = renderer_of(Path(self.spec.base_path))
-        self.rows, self.validation = job_rows.read(attempt, self.renderer)
-        self.steps_per_epoch = math.ceil(len(self.rows) / self.wanted.batch_size)
+        self.rows, self.validation = job_rows.read(attempt, self.renderer, self.sides)
+        self.steps_per_epoch = math.ceil(self.rows.n_examples / self.wanted.batch_size)
         self.total_steps = self.steps_per_epoch * self.wanted.n_epochs
         self.token_budget = TOKEN_BUDGET
 
@@ -182,20 +198,24 @@ class Training:
                 rows=job_rows.counts(rows, self.validation),
                 tokens_per_epoch=rows.n_tokens,
                 trained_tokens_per_epoch=rows.n_trained,
-                choices={
-                    "device": self.device.type,
-                    "dtype": str(self.dtype).removeprefix("torch."),
-                    "threads": self.threads,
-                    "tokens": "cached" if rows.cached else "made",
-                    "trained_parameters": sum(parameter.numel() for parameter in self.parameters.values()),
-                    "lora": asdict(self.lora),
-                    "token_budget": self.token_budget,
-                    "optimizer": "AdamW, betas 0.9 and 0.999",
-                    "schedule": f"warm-up, then cosine to {FINAL_LEARNING_RATE} of the peak",
-                },
+                choices=self._choices(),
                 renderer_hash=self.renderer.hash,
             )
         )
+
+    def _choices(self) -> dict[str, Any]:
+        """What was chosen at start, for people to read."""
+        return {
+            "device": self.device.type,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "threads": self.threads,
+            "tokens": "cached" if self.rows.cached else "made",
+            "trained_parameters": sum(parameter.numel() for parameter in self.parameters.values()),
+            "lora": asdict(self.lora),
+            "token_budget": self.token_budget,
+            "optimizer": "AdamW, betas 0.9 and 0.999",
+            "schedule": f"warm-up, then cosine to {FINAL_LEARNING_RATE} of the peak",
+        }
 
     # --- loop ---
 
@@ -207,11 +227,11 @@ class Training:
         while progress.step < self.total_steps:
             epoch, place = divmod(progress.step, self.steps_per_epoch)
             if epoch != order_epoch:
-                order, order_epoch = packing.epoch_order(len(self.rows), self.spec.seed, epoch), epoch
+                order, order_epoch = packing.epoch_order(self.rows.n_examples, self.spec.seed, epoch), epoch
             chosen = order[place * self.wanted.batch_size : (place + 1) * self.wanted.batch_size]
             try:
                 self.attempt.go_on()
-                progress = self._step_within_memory(progress, chosen)
+                progress = self._within_memory(partial(self._step, progress, chosen))
             except StopRequested:
                 self._save(progress)
                 raise
@@ -227,10 +247,11 @@ class Training:
                 saved_at = mono_s()
         return progress
 
-    def _step_within_memory(self, progress: Progress, chosen: np.ndarray) -> Progress:
-        """One optimizer step; if memory runs out for the first time, again with half the micro-batch."""
+    def _within_memory(self, work: Callable[[], _Done]) -> _Done:
+        """What `work` returns, an optimizer step for example; if memory runs out for the first time, it is done again with
+        half the micro-batch."""
         try:
-            return self._step(progress, chosen)
+            return work()
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error) or self.token_budget < TOKEN_BUDGET:
                 raise
@@ -240,11 +261,10 @@ class Training:
             mark("Memory ran out, so the work goes on in pieces of {tokens} tokens. The batch size stays."),
             tokens=self.token_budget,
         )
-        return self._step(progress, chosen)
+        return work()
 
     def _step(self, progress: Progress, chosen: np.ndarray) -> Progress:
         n_labels = packing.count_labels(self.rows, chosen)
-        learning_rate = self._learning_rate(progress.step)
         total, right, tokens = 0.0, 0, 0
         self.optimizer.zero_grad()
         for group in packing.micro_batches(self.rows, chosen, self.token_budget):
@@ -253,12 +273,7 @@ class Training:
             loss, hits = flattened.summed_loss(self.model, flat, self.device)
             (loss / n_labels).backward()
             total, right, tokens = total + loss.item(), right + int(hits), tokens + len(flat.tokens)
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), CLIP_NORM)
-        if not (math.isfinite(total) and math.isfinite(norm.item())):
-            raise self._not_finite(progress.step + 1)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
-        self.optimizer.step()
+        self._update(progress.step, total)
         return replace(
             progress,
             step=progress.step + 1,
@@ -266,6 +281,15 @@ class Training:
             loss=total / n_labels,
             accuracy=right / n_labels,
         )
+
+    def _update(self, steps_done: int, loss: float) -> None:
+        """Change the weights by the gradients that lie there. Raises InvalidRequest(`loss_not_finite`)."""
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), CLIP_NORM)
+        if not (math.isfinite(loss) and math.isfinite(norm.item())):
+            raise self._not_finite(steps_done + 1)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self._learning_rate(steps_done)
+        self.optimizer.step()
 
     def _learning_rate(self, steps_done: int) -> float:
         return learning_rate(self.wanted.learning_rate, steps_done, self.total_steps, self.wanted.warmup_ratio)
@@ -296,6 +320,8 @@ class Training:
                 remaining_s=to_do * (last_s - first_s) / (last_tokens - first_tokens),
                 eval_loss=progress.eval_loss if evaluated else None,
                 eval_accuracy=progress.eval_accuracy if evaluated else None,
+                reward_margin=progress.margin,
+                eval_reward_margin=progress.eval_margin if evaluated else None,
             )
         )
 
@@ -318,6 +344,7 @@ class Training:
             epoch, place = divmod(progress.step, self.steps_per_epoch)
             position = {"epoch": epoch, "row": place * self.wanted.batch_size}
             checkpoints.write_state(folder, {"progress": asdict(progress), "position": position})
+            self._write_more(folder)
 
         self.attempt.journal.sync()  # the steps that a resumed training will not repeat
         try:
@@ -333,16 +360,24 @@ class Training:
         self._write_checkpoint_record(progress)
 
     def _write_checkpoint_record(self, progress: Progress) -> None:
-        metrics = {
+        path = checkpoints.checkpoint_path(Path(), progress.step)
+        known = {name: value for name, value in self._checkpoint_metrics(progress).items() if value is not None}
+        self.attempt.write(Checkpoint(step=progress.step, path=str(path), metrics=known))
+
+    def _checkpoint_metrics(self, progress: Progress) -> dict[str, float | None]:
+        return {
             "step": progress.step,
             "train_loss": progress.loss,
             "train_mean_token_accuracy": progress.accuracy,
             "full_valid_loss": progress.eval_loss,
             "full_valid_mean_token_accuracy": progress.eval_accuracy,
         }
-        path = checkpoints.checkpoint_path(Path(), progress.step)
-        known = {name: value for name, value in metrics.items() if value is not None}
-        self.attempt.write(Checkpoint(step=progress.step, path=str(path), metrics=known))
+
+    def _write_more(self, folder: Path) -> None:
+        """What else a method keeps in its checkpoints."""
+
+    def _read_more(self, folder: Path) -> None:
+        """Take back what `_write_more` wrote."""
 
     def _resume(self) -> Progress:
         """Load the newest verified checkpoint if there is one."""
@@ -363,6 +398,7 @@ class Training:
         for name, parameter in self.parameters.items():
             state = {moment: moments[f"{moment}.{name}"].to(self.device) for moment in _MOMENTS}
             self.optimizer.state[parameter] = {"step": torch.tensor(float(progress.step), device=self.device), **state}
+        self._read_more(folder)
         self._write_checkpoint_record(progress)  # its first record may have died with the attempt that saved it
         return progress
 

@@ -127,12 +127,13 @@ async def _counted(count: Count) -> TokenStatistics:
 def _hyperparameters(file: File, base: Base, n_epochs: int | None, max_length: int | None) -> Hyperparameters:
     """What a job on all rows of the file would have. Raises InvalidRequest(`invalid_value`) as creating one does."""
     asked = {"n_epochs": n_epochs, "max_length": max_length}
-    requested = parse(asked, method="supervised", context_tokens=base.context_tokens)
+    method = "dpo" if file.kind == "preference" else "supervised"
+    requested = parse(asked, method=method, context_tokens=base.context_tokens)
     return resolve(
         requested,
         rows=file.rows or 1,
         training_type="lora",
-        method="supervised",
+        method=method,
         context_tokens=base.context_tokens,
     )
 

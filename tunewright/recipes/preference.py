@@ -1,0 +1,151 @@
+"""How a text model learns which of two answers is better: direct preference optimization (DPO) of a LoRA adapter.
+
+    loss = -log sigmoid(beta * ((pi_w - ref_w) - (pi_l - ref_l)))
+
+pi and ref are log-probabilities of a whole answer, summed over its tokens: of the preferred answer (w) and of the other one
+(l), under the model in training (pi) and under the model as it was before (ref). A step's loss is the mean over its pairs.
+
+- The model before is the base with the adapter off, or the tuned model that the job continues from. What it says of every
+  pair is computed once, before the first step, and kept in the checkpoints: two models are never in memory together.
+- Both answers of a pair go through the model end to end in one micro-batch, each after its own copy of the question.
+- All else is supervised training (text.py): schedule, optimizer, checkpoints, what happens when memory or disk run out.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch.nn import functional
+
+from tunewright.jobs.spec import Finished
+from tunewright.recipes import flattened, packing, text
+from tunewright.recipes.attempt import Attempt
+from tunewright.recipes.text import Progress
+
+REFERENCE = "reference.safetensors"
+"""A checkpoint's file of what the model before said: `train` and perhaps `validation`, float64 (rows,)."""
+
+
+@dataclass
+class _Sums:
+    """Of the pairs so far."""
+
+    pairs: int = 0
+    loss: float = 0.0
+    right: int = 0
+    margin: float = 0.0
+
+    def add(self, losses: torch.Tensor, margins: torch.Tensor) -> None:
+        self.pairs += len(losses)
+        self.loss += losses.sum().item()
+        self.right += int((margins > 0).sum())
+        self.margin += margins.sum().item()
+
+
+def train(attempt: Attempt) -> Finished:
+    """Train what the attempt's spec asks for; when this returns, `result/` is complete. Raises what `text.train` raises."""
+    return text.finish(PreferenceTraining, attempt)
+
+
+class PreferenceTraining(text.Training):
+    """A training whose rows are pairs: row 2i holds the preferred answer, row 2i + 1 the other one."""
+
+    sides = 2
+
+    def __init__(self, attempt: Attempt) -> None:
+        super().__init__(attempt)
+        self.beta = self.wanted.beta or 0.1
+        self.reference: dict[str, torch.Tensor] = {}
+
+    def _choices(self) -> dict[str, Any]:
+        before = "base" if self.spec.start_adapter_path is None else "model to continue from"
+        return super()._choices() | {"method": "dpo", "beta": self.beta, "reference": before}
+
+    # --- loss ---
+
+    def _log_probabilities(self, rows: packing.Rows, group: list[int]) -> torch.Tensor:
+        """log p(answer) of each row of a micro-batch, float64 (rows,)."""
+        losses, _ = flattened.label_losses(self.model, packing.flatten(rows, group), self.device)
+        answers = losses.split(rows.n_labels[group].tolist())
+        return -torch.stack([answer.sum(dtype=torch.float64) for answer in answers])
+
+    def _compare(self, name: str, rows: packing.Rows, group: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """(losses, margins) of the pairs of a micro-batch, float64 (pairs,). `name` says which reference is theirs."""
+        gains = self._log_probabilities(rows, group) - self.reference[name][group].to(self.device)
+        preferred, other = gains.view(-1, 2).unbind(1)
+        margins = self.beta * (preferred - other)
+        return -functional.logsigmoid(margins), margins.detach()
+
+    # --- loop ---
+
+    def _loop(self, progress: Progress) -> Progress:
+        if not self.reference:
+            # No checkpoint was read, so the weights are still those of the beginning.
+            self.reference["train"] = self._within_memory(lambda: self._ask_reference(self.rows))
+            if (validation := self.validation) is not None:
+                self.reference["validation"] = self._within_memory(lambda: self._ask_reference(validation))
+        return super()._loop(progress)
+
+    @torch.no_grad()
+    def _ask_reference(self, rows: packing.Rows) -> torch.Tensor:
+        """What the model says now of every row, float64 (rows,)."""
+        found = []
+        for group in packing.micro_batches(rows, np.arange(rows.n_examples), self.token_budget):
+            self.attempt.go_on()
+            found.append(self._log_probabilities(rows, group).cpu())
+        return torch.cat(found)
+
+    def _step(self, progress: Progress, chosen: np.ndarray) -> Progress:
+        sums, tokens = _Sums(), 0
+        self.optimizer.zero_grad()
+        for group in packing.micro_batches(self.rows, chosen, self.token_budget):
+            self.attempt.go_on()
+            losses, margins = self._compare("train", self.rows, group)
+            (losses.sum() / len(chosen)).backward()
+            sums.add(losses, margins)
+            tokens += sum(map(self.rows.length, group))
+        self._update(progress.step, sums.loss)
+        return replace(
+            progress,
+            step=progress.step + 1,
+            tokens=progress.tokens + tokens,
+            loss=sums.loss / sums.pairs,
+            accuracy=sums.right / sums.pairs,
+            margin=sums.margin / sums.pairs,
+        )
+
+    @torch.no_grad()
+    def _evaluate(self, progress: Progress, rows: packing.Rows) -> Progress:
+        """Mean loss, share of pairs with a positive margin, and mean margin over all validation pairs."""
+        sums = _Sums()
+        for group in packing.micro_batches(rows, np.arange(rows.n_examples), self.token_budget):
+            sums.add(*self._compare("validation", rows, group))
+        loss, margin = sums.loss / sums.pairs, sums.margin / sums.pairs
+        return replace(
+            progress,
+            eval_loss=loss if np.isfinite(loss) else None,
+            eval_accuracy=sums.right / sums.pairs,
+            eval_margin=margin if np.isfinite(margin) else None,
+        )
+
+    # --- save ---
+
+    def _write_more(self, folder: Path) -> None:
+        save_file(self.reference, folder / REFERENCE)
+
+    def _read_more(self, folder: Path) -> None:
+        self.reference = load_file(folder / REFERENCE)
+
+    def _checkpoint_metrics(self, progress: Progress) -> dict[str, float | None]:
+        return {
+            "step": progress.step,
+            "train_loss": progress.loss,
+            "train_reward_accuracy": progress.accuracy,
+            "train_reward_margin": progress.margin,
+            "full_valid_loss": progress.eval_loss,
+            "full_valid_reward_accuracy": progress.eval_accuracy,
+            "full_valid_reward_margin": progress.eval_margin,
+        }
