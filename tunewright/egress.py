@@ -1,4 +1,4 @@
-"""The one client for addresses that callers name. Nothing else in the product dials them.
+"""The one client for addresses that callers name. Nothing else in the server dials them.
 
 Three steps, always together: the text of the URL is checked (`check_url`), the name is resolved once and every address it has
 must be public, and then one of exactly those addresses is dialled, with the name kept for the Host header and the
@@ -12,7 +12,7 @@ import socket
 import ssl
 import threading
 import unicodedata
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, cast
 from urllib.parse import quote as percent_encode
@@ -216,6 +216,19 @@ class Egress:
             url = _joined(address, location)
         raise _failed("redirects")
 
+    def post(self, url: str, body: bytes, headers: Mapping[str, str], *, timeout_s: float = TIMEOUT_S) -> int:
+        """Send `body` and return the status of the answer, any status: redirects are not followed, and what the answer
+        says beyond its head is not read.
+
+        Raises as `fetch` does, but for what the status says.
+        """
+        deadline_s = mono_s() + timeout_s
+        address = self._allowed(url)
+        lines = [(name.encode("ascii"), value.encode("ascii")) for name, value in headers.items()]
+        lines.append((b"Content-Length", str(len(body)).encode("ascii")))
+        with self._answer(address, deadline_s, "*/*", b"POST", lines, body) as answer:
+            return answer.status
+
     def check(self, url: str) -> Address:
         """As `check_url`, and the host must be one of those allowed."""
         return self._allowed(url)
@@ -226,7 +239,15 @@ class Egress:
             raise _not_allowed("host")
         return address
 
-    def _answer(self, address: Address, deadline_s: float, accept: str) -> "_Answer":
+    def _answer(
+        self,
+        address: Address,
+        deadline_s: float,
+        accept: str,
+        method: bytes = b"GET",
+        headers: Sequence[tuple[bytes, bytes]] = (),
+        body: bytes = b"",
+    ) -> "_Answer":
         import httpcore
 
         stream = _Stream(self._dial(address, deadline_s), deadline_s)
@@ -235,7 +256,7 @@ class Egress:
                 stream.start_tls(self._context(), address.host)
             host = address.url.split("/", 3)[2].encode("ascii")
             request = httpcore.Request(
-                b"GET",
+                method,
                 httpcore.URL(
                     scheme=address.scheme.encode(),
                     host=address.host.encode(),
@@ -248,7 +269,9 @@ class Egress:
                     (b"Accept", accept.encode("ascii")),
                     (b"Accept-Encoding", b"identity"),
                     (b"Connection", b"close"),
+                    *headers,
                 ],
+                content=body,
             )
             connection = httpcore.HTTP11Connection(request.url.origin, cast(Any, stream))
             return _Answer(connection.handle_request(request), stream)

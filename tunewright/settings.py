@@ -75,6 +75,9 @@ class Settings(BaseSettings):
     engine_silence_limit_s: float = Field(
         default=8.0, gt=0, description="An engine worker that says nothing for this long is killed"
     )
+    max_messages_per_day: int = Field(
+        default=200, ge=0, description="Messages of one project in 24 hours through SMS, chat and mail services"
+    )
     max_completion_tokens: int = Field(default=1024, ge=1, description="Answer length when a request names none")
     max_requests_per_minute: int = Field(default=600, ge=0, description="Requests of one key in the long run; 0: any")
     request_burst: int = Field(default=60, ge=1, description="Requests that one key may send at once")

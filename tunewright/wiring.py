@@ -13,12 +13,20 @@ from tunewright.datasets.parted_uploads import PartedUploads
 from tunewright.datasets.service import DatasetService
 from tunewright.datasets.token_service import TokenService
 from tunewright.deployments.pool import Pool
+from tunewright.egress import Egress
 from tunewright.errors import Misconfigured, TunewrightError, Unavailable
 from tunewright.i18n import mark
 from tunewright.jobs.controller import JobController
 from tunewright.jobs.service import JobService
 from tunewright.models.catalogue import Catalogue
 from tunewright.models.service import ModelService
+from tunewright.notifications.apprise_sender import AppriseSender
+from tunewright.notifications.deliverer import Deliverer
+from tunewright.notifications.outbox import record_end
+from tunewright.notifications.sealing import Vault
+from tunewright.notifications.sending import Sending
+from tunewright.notifications.service import NotificationService
+from tunewright.notifications.webhooks import WebhookSender
 from tunewright.runners.local import LocalRunner
 from tunewright.settings import HomeFolder, Settings
 from tunewright.storage import Blobs, Storage
@@ -49,11 +57,26 @@ class Platform:
         runner = LocalRunner()
         self.pool = Pool(self.home, settings, runner)
         self.controller = JobController(
-            self.storage, self.blobs, self.catalogue, self.models, self.home, settings, runner, self.pool
+            self.storage,
+            self.blobs,
+            self.catalogue,
+            self.models,
+            self.home,
+            settings,
+            runner,
+            self.pool,
+            on_end=record_end,
         )
+        self.jobs.on_end = record_end
         self.jobs.on_change = self.controller.wake
         self.models.on_delete = self.pool.forget
         self.completions = CompletionService(self.models, self.pool, settings)
+        vault = Vault(self.accounts)
+        self.sending = Sending(
+            self.storage, vault, WebhookSender(Egress()), AppriseSender(), settings.max_messages_per_day
+        )
+        self.notifications = NotificationService(self.storage, vault, self.sending)
+        self.deliverer = Deliverer(self.storage, self.sending)
         self.stopping = threading.Event()
         """Set when the server begins to drain: readiness fails, event streams end."""
         self.first_key: str | None = None
@@ -84,6 +107,7 @@ class Platform:
         self.pool.start()
         self.datasets.images.start()
         self.controller.start()
+        self.deliverer.start()
         self._started = True
         log.info("started", home=str(self.home.root))
 
@@ -91,6 +115,7 @@ class Platform:
         """End the control loop and the engines; trainers as `settings.on_shutdown` says. Safe to call twice."""
         self.stopping.set()
         self.controller.stop()
+        self.deliverer.stop()
         self.tokens.stop()
         self.datasets.images.stop()
         if self._lock is not None:  # only who holds the home may end what runs in it

@@ -19,7 +19,9 @@ GOLDEN_PUBLIC = {("GET", "/healthz"), ("GET", "/readyz")}
 
 
 def filled(path: str) -> str:
-    return path.replace("{name:path}", "x").replace("{file_id}", "file-x").replace("{job_id}", "ftjob-x").replace("{upload_id}", "upload-x")
+    for place in ("file", "job", "upload", "channel"):
+        path = path.replace(f"{{{place}_id}}", f"{place}-x")
+    return path.replace("{name:path}", "x")
 
 
 def paths(world: World) -> list[str]:
@@ -236,6 +238,24 @@ async def test_another_projects_things_look_like_things_that_never_were(world: W
                 control = await theirs.request(method, f"{prefix}/uploads/{absent}{path}", **content)
                 assert seen.status_code == 404, (method, path)
                 assert told(seen, upload_id) == told(control, absent)
+        channel = await mine.post("/api/v1/notifications/channels", json={"url": "https://good.example/"})
+        channel_id = channel.json()["id"]
+        for method, path, content in [
+            ("GET", "", {}),
+            ("PATCH", "", {"json": {"enabled": False}}),
+            ("DELETE", "", {}),
+            ("POST", "/test", {}),
+            ("POST", "/rotate_secret", {}),
+            ("GET", "/deliveries", {}),
+        ]:
+            absent = new_id("channel")
+            address = "/api/v1/notifications/channels/{}" + path
+            seen = await theirs.request(method, address.format(channel_id), **content)
+            control = await theirs.request(method, address.format(absent), **content)
+            assert seen.status_code == 404, (method, path)
+            assert told(seen, channel_id) == told(control, absent)
+        assert (await theirs.get("/api/v1/notifications/channels")).json()["data"] == []
+        assert (await mine.get(f"/api/v1/notifications/channels/{channel_id}")).json()["enabled"]
         for prefix in PREFIXES:
             for method, path, real, absent in [
                 ("GET", "/files/{}", file_id, new_id("file")),

@@ -7,6 +7,7 @@ from tunewright.datasets.records import File, PartedUpload, UploadPart
 from tunewright.ids import new_id, random_text
 from tunewright.jobs.records import Job, JobCheckpoint, JobError, JobEvent
 from tunewright.models.records import TunedModel
+from tunewright.notifications.records import Channel, Delivery
 
 NOON = 1_800_000_000
 """2027-01-15 08:00:00 UTC, the second that ids made by `dated_id(..., 0)` name."""
@@ -148,3 +149,43 @@ def model(project_id: str, **changes: Any) -> TunedModel:
     }
     values |= {"project_id": project_id}
     return TunedModel(**(values | changes))
+
+
+def channel(project_id: str, **changes: Any) -> Channel:
+    values: dict[str, Any] = {
+        "id": new_id("channel"),
+        "kind": "webhook",
+        "name": "钩子",
+        "url_sealed": b"\x01\x00\xff",
+        "shown_url": "https://good.example/***",
+        "secrets_sealed": b"\x00",
+        "language": "zh",
+        "recipients": 2,
+        "note": "failing_for_days",
+        "failing_since": NOON,
+        "created_at": NOON,
+        "updated_at": NOON + 1,
+    }
+    values |= {"project_id": project_id}
+    return Channel(**(values | changes))
+
+
+def delivery(of: Channel, **changes: Any) -> Delivery:
+    values: dict[str, Any] = {
+        "id": new_id("delivery"),
+        "event_id": new_id("event"),
+        "type": "fine_tuning.job.failed",
+        "job_id": "ftjob-1",
+        "data": {"model": "m", "error": {"code": "c", "message": "m {n}", "values": {"n": 1}}},
+        "recipients": 3,
+        "metered": True,
+        "attempts": 2,
+        "attempted_at": NOON + 1,
+        "next_at": NOON + 2,
+        "error": "status",
+        "http_status": 500,
+        "created_at": NOON,
+        "delivered_at": NOON + 3,
+    }
+    values |= {"channel_id": of.id, "project_id": of.project_id}
+    return Delivery(**(values | changes))

@@ -5,7 +5,19 @@ from typing import Any
 
 import pytest
 
-from tests.contract.rows import checkpoint, event, file, job, metrics, model, parted_upload, project, upload_part
+from tests.contract.rows import (
+    channel,
+    checkpoint,
+    delivery,
+    event,
+    file,
+    job,
+    metrics,
+    model,
+    parted_upload,
+    project,
+    upload_part,
+)
 from tests.contract.test_storage_tenants import statements
 from tunewright.storage import Storage, Transaction
 
@@ -41,11 +53,17 @@ LISTS: dict[str, Ask] = {
     "count of parts": lambda tx, p, ids: tx.uploads.count_parts(p, ids["upload"]),
     "bytes of parts": lambda tx, p, ids: tx.uploads.received_bytes(p, ids["upload"]),
     "overdue uploads": lambda tx, p, ids: tx.uploads.overdue(9),
+    "channels": lambda tx, p, ids: tx.channels.list(p),
+    "enabled channels": lambda tx, p, ids: tx.channels.enabled(p),
+    "deliveries": lambda tx, p, ids: tx.deliveries.list(p, ids["channel"], after=ids["delivery"], limit=2),
+    "due channels": lambda tx, p, ids: tx.deliveries.due_channels(9),
+    "next due": lambda tx, p, ids: tx.deliveries.next_due(p, ids["channel"], 9),
+    "metered messages": lambda tx, p, ids: tx.deliveries.metered_since(p, 9),
     "unfinished jobs": lambda tx, p, ids: tx.jobs.unfinished(),
     "idempotency": lambda tx, p, ids: tx.idempotency.find(p, "route", "key", since=0),
 }
 STARTED_INSIDE = {name for name in LISTS if name.startswith(("files ", "jobs "))}
-SORTED_AFTERWARDS = {"unfinished jobs", "children of a file"}
+SORTED_AFTERWARDS = {"unfinished jobs", "children of a file", "enabled channels", "due channels"}
 """A handful of rows of several states; never paged."""
 
 
@@ -57,6 +75,8 @@ def test_plan(sqlite_url: str, name: str) -> None:
     of = job(ours.id)
     rows = {"file": file(ours.id), "job": of, "event": event(of), "checkpoint": checkpoint(of, 1)}
     rows["upload"] = parted_upload(ours.id)
+    rows["channel"] = channel(ours.id)
+    rows["delivery"] = delivery(rows["channel"])
     with storage.write() as tx:
         tx.projects.insert(ours)
         tx.files.insert(rows["file"])
@@ -66,6 +86,8 @@ def test_plan(sqlite_url: str, name: str) -> None:
         tx.jobs.add_events([rows["event"], metrics(of, 1)])
         tx.jobs.add_checkpoint(rows["checkpoint"])
         tx.models.insert(model(ours.id))
+        tx.channels.insert(rows["channel"])
+        tx.deliveries.insert(rows["delivery"])
     with storage.read() as tx, statements() as seen:
         LISTS[name](tx, ours.id, {kind: row.id for kind, row in rows.items()})
         connection = tx.projects._connection

@@ -22,6 +22,7 @@ from tunewright.datasets.records import File, PartedUpload, UploadPart
 from tunewright.errors import InvalidRequest
 from tunewright.jobs.records import MOVES, TERMINAL, Job, JobCheckpoint, JobEvent
 from tunewright.models.records import TunedModel
+from tunewright.notifications.records import Channel, Delivery
 from tunewright.storage import Storage, tables
 
 
@@ -37,6 +38,8 @@ from tunewright.storage import Storage, tables
         ("job_events", JobEvent),
         ("job_checkpoints", JobCheckpoint),
         ("tuned_models", TunedModel),
+        ("channels", Channel),
+        ("deliveries", Delivery),
     ],
 )
 def test_columns_are_the_fields_of_the_record(table: str, record: type[msgspec.Struct]) -> None:

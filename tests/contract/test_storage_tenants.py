@@ -15,7 +15,9 @@ from sqlalchemy import exc
 from tests.contract.rows import (
     NOON,
     api_key,
+    channel,
     checkpoint,
+    delivery,
     event,
     file,
     job,
@@ -45,6 +47,8 @@ NOT_OF_A_TENANT = {
     ("uploads", "overdue"),
     ("uploads", "forget_expired_before"),
     ("idempotency", "forget_before"),
+    ("deliveries", "due_channels"),
+    ("deliveries", "forget_before"),
     ("leases", "take"),
     ("leases", "release"),
 }
@@ -63,6 +67,8 @@ class Rows:
         self.events = [event(self.job), metrics(self.job, 1)]
         self.checkpoint = checkpoint(self.job, 1)
         self.model = model(project_id)
+        self.channel = channel(project_id)
+        self.delivery = delivery(self.channel)
 
     def store(self, storage: Storage) -> "Rows":
         with storage.write() as tx:
@@ -75,13 +81,15 @@ class Rows:
             tx.jobs.add_events(self.events)
             tx.jobs.add_checkpoint(self.checkpoint)
             tx.models.insert(self.model)
+            tx.channels.insert(self.channel)
+            tx.deliveries.insert(self.delivery)
             tx.idempotency.insert(self.project_id, "route", "key", "fingerprint", self.job.id, NOON)
         return self
 
 
 def reads(project_id: str, rows: Rows) -> dict[tuple[str, str], list[Callable[[Transaction], Any]]]:
     """Every reading method, asked by `project_id` for `rows`."""
-    p, j, u = project_id, rows.job.id, rows.upload.id
+    p, j, u, c = project_id, rows.job.id, rows.upload.id, rows.channel.id
     return {
         ("keys", "list"): [lambda tx: tx.keys.list(p)],
         ("files", "get"): [lambda tx: tx.files.get(p, rows.file.id)],
@@ -120,6 +128,12 @@ def reads(project_id: str, rows: Rows) -> dict[tuple[str, str], list[Callable[[T
         ("models", "find"): [lambda tx: tx.models.find(p, rows.model.name)],
         ("models", "get"): [lambda tx: tx.models.get(p, rows.model.id)],
         ("models", "list"): [lambda tx: tx.models.list(p)],
+        ("channels", "get"): [lambda tx: tx.channels.get(p, c)],
+        ("channels", "list"): [lambda tx: tx.channels.list(p)],
+        ("channels", "enabled"): [lambda tx: tx.channels.enabled(p)],
+        ("deliveries", "list"): [lambda tx: tx.deliveries.list(p, c, after=None, limit=9)],
+        ("deliveries", "next_due"): [lambda tx: tx.deliveries.next_due(p, c, NOON + 9)],
+        ("deliveries", "metered_since"): [lambda tx: tx.deliveries.metered_since(p, NOON)],
         ("idempotency", "find"): [lambda tx: tx.idempotency.find(p, "route", "key", since=0)],
     }
 
@@ -146,6 +160,12 @@ def writes(project_id: str, rows: Rows) -> dict[tuple[str, str], list[Callable[[
         ("jobs", "add_checkpoint"): [lambda tx: tx.jobs.add_checkpoint(checkpoint(rows.job, 9))],
         ("models", "insert"): [lambda tx: tx.models.insert(model(p))],
         ("models", "change"): [lambda tx: tx.models.change(changed(rows.model, **as_ours), status="deleted")],
+        ("channels", "insert"): [lambda tx: tx.channels.insert(channel(p))],
+        ("channels", "change"): [lambda tx: tx.channels.change(changed(rows.channel, **as_ours), name="x")],
+        ("deliveries", "insert"): [lambda tx: tx.deliveries.insert(delivery(rows.channel))],
+        ("deliveries", "change"): [lambda tx: tx.deliveries.change(changed(rows.delivery, **as_ours), error="x")],
+        ("deliveries", "give_up"): [lambda tx: tx.deliveries.give_up(p, rows.channel.id, status="given_up", error="x")],
+        ("channels", "delete"): [lambda tx: tx.channels.delete(p, rows.channel.id)],
         ("idempotency", "insert"): [lambda tx: tx.idempotency.insert(p, "route", "new", "f", "r", NOON)],
     }
 
@@ -255,6 +275,10 @@ def test_nobody_changes_what_others_have(storage: Storage, ours: Project, theirs
         ("uploads", "drop_parts"),
         ("jobs", "change"),
         ("models", "change"),
+        ("channels", "change"),
+        ("channels", "delete"),
+        ("deliveries", "change"),
+        ("deliveries", "give_up"),
     ]
     for method in strangers:
         for call in writes(ours.id, rows)[method]:
@@ -283,6 +307,7 @@ def test_events_checkpoints_and_parts_can_not_join_what_is_anothers(
         lambda tx: tx.jobs.add_events([changed(event(rows.job), project_id=ours.id)]),
         lambda tx: tx.jobs.add_checkpoint(changed(checkpoint(rows.job, 3), project_id=ours.id)),
         lambda tx: tx.uploads.add_part(changed(upload_part(rows.upload), project_id=ours.id)),
+        lambda tx: tx.deliveries.insert(changed(delivery(rows.channel), project_id=ours.id)),
     ):
         with pytest.raises(exc.IntegrityError), storage.write() as tx:
             act(tx)

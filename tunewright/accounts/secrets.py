@@ -45,12 +45,34 @@ def read_master_key(path: Path) -> bytes:
     return master
 
 
+class Sealer:
+    """Seals texts for storage with the key of one purpose. What was sealed opens only in the context it was sealed for."""
+
+    def __init__(self, master: bytes, purpose: bytes) -> None:
+        self._cipher = AESGCM(_derive(master, purpose))
+
+    def seal(self, text: str, context: str) -> bytes:
+        """The text, encrypted: generation byte + nonce + AES-GCM with `context`, which is not secret."""
+        nonce = os.urandom(_NONCE_BYTES)
+        return GENERATION + nonce + self._cipher.encrypt(nonce, text.encode(), context.encode())
+
+    def unseal(self, sealed: bytes, context: str) -> str | None:
+        """The text, or None if it was sealed in another context or with another master key, or changed."""
+        nonce, cipher = sealed[1 : 1 + _NONCE_BYTES], sealed[1 + _NONCE_BYTES :]
+        if sealed[:1] != GENERATION or len(nonce) != _NONCE_BYTES:
+            return None
+        try:
+            return self._cipher.decrypt(nonce, cipher, context.encode()).decode()
+        except InvalidTag:
+            return None
+
+
 class Secrets:
     """Proofs and sealed copies of API secrets. Both are bound to their key's id, so rows can't be swapped."""
 
     def __init__(self, master: bytes) -> None:
         self._pepper = _derive(master, b"tunewright bearer mac")
-        self._sealer = AESGCM(_derive(master, b"tunewright jwt secret seal"))
+        self._sealer = Sealer(master, b"tunewright jwt secret seal")
         self._nobody = self.proof("", "")
 
     def proof(self, key_id: str, secret: str) -> bytes:
@@ -63,24 +85,17 @@ class Secrets:
         return same and stored is not None
 
     def seal(self, key_id: str, project_id: str, secret: str) -> bytes:
-        """The secret, encrypted: generation byte + nonce + AES-GCM with the key's and the project's id as context."""
-        nonce = os.urandom(_NONCE_BYTES)
-        return GENERATION + nonce + self._sealer.encrypt(nonce, secret.encode(), _context(key_id, project_id))
+        """The secret, sealed with the key's and the project's id as context."""
+        return self._sealer.seal(secret, _context(key_id, project_id))
 
     def unseal(self, sealed: bytes, key_id: str, project_id: str) -> str | None:
         """The secret, or None if it was sealed for another key or project, with another master key, or changed."""
-        nonce, cipher = sealed[1 : 1 + _NONCE_BYTES], sealed[1 + _NONCE_BYTES :]
-        if sealed[:1] != GENERATION or len(nonce) != _NONCE_BYTES:
-            return None
-        try:
-            return self._sealer.decrypt(nonce, cipher, _context(key_id, project_id)).decode()
-        except InvalidTag:
-            return None
+        return self._sealer.unseal(sealed, _context(key_id, project_id))
 
 
 def _derive(master: bytes, purpose: bytes) -> bytes:
     return HKDF(algorithm=SHA256(), length=32, salt=None, info=purpose + GENERATION).derive(master)
 
 
-def _context(key_id: str, project_id: str) -> bytes:
-    return f"{key_id}|{project_id}".encode()
+def _context(key_id: str, project_id: str) -> str:
+    return f"{key_id}|{project_id}"

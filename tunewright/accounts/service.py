@@ -10,7 +10,7 @@ import msgspec
 
 from tunewright.accounts import tokens
 from tunewright.accounts.records import ApiKey, Caller, Project
-from tunewright.accounts.secrets import Secrets, create_master_key, read_master_key
+from tunewright.accounts.secrets import Sealer, Secrets, create_master_key, read_master_key
 from tunewright.clock import mono_s, wall_ms, wall_s
 from tunewright.errors import AuthenticationFailed, Misconfigured, NotFound
 from tunewright.files_on_disk import write_atomically
@@ -123,6 +123,11 @@ class AccountService:
             self._remembered.clear()
         self._remembered[digest] = _Remembered(caller, epoch, mono_s() + REMEMBERED_S, expires_ms)
         return caller
+
+    def sealer(self, purpose: bytes) -> Sealer:
+        """What seals secrets for storage under a key of that purpose alone. Raises Misconfigured as `first_start` does."""
+        self._secrets()
+        return Sealer(read_master_key(self._home.master_key), purpose)
 
     def _caller_of_key(self, credential: str) -> Caller:
         key_id, _, secret = credential.partition(".")

@@ -10,6 +10,7 @@ from tunewright.datasets.service import DatasetService
 from tunewright.datasets.token_service import TokenService
 from tunewright.jobs.service import JobService
 from tunewright.models.service import ModelService
+from tunewright.notifications.service import NotificationService
 from tunewright.wiring import Platform
 
 
@@ -41,10 +42,15 @@ async def _completions(request: Request) -> CompletionService:
     return request.app.state.platform.completions
 
 
+async def _notifications(request: Request) -> NotificationService:
+    return request.app.state.platform.notifications
+
+
 PlatformOf = Annotated[Platform, Depends(_platform)]
 DatasetsOf = Annotated[DatasetService, Depends(_datasets)]
 UploadsOf = Annotated[PartedUploads, Depends(_uploads)]
 TokensOf = Annotated[TokenService, Depends(_tokens)]
 JobsOf = Annotated[JobService, Depends(_jobs)]
 ModelsOf = Annotated[ModelService, Depends(_models)]
+NotificationsOf = Annotated[NotificationService, Depends(_notifications)]
 CompletionsOf = Annotated[CompletionService, Depends(_completions)]

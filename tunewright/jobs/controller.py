@@ -16,7 +16,7 @@ from tunewright.clock import mono_s
 from tunewright.errors import TunewrightError
 from tunewright.jobs.lease import Lease, holder_of
 from tunewright.jobs.moves import Moves
-from tunewright.jobs.ports import Prover, Runner
+from tunewright.jobs.ports import OnEnd, Prover, Runner, nothing_at_end
 from tunewright.jobs.preparation import Preparation
 from tunewright.jobs.publication import Publication
 from tunewright.jobs.trainers import Trainers
@@ -54,6 +54,7 @@ class JobController:
         *,
         trainer_module: str = "tunewright.recipes.run",
         lease_holder: str | None = None,
+        on_end: OnEnd = nothing_at_end,
     ) -> None:
         self._storage = storage
         self._settings = settings
@@ -64,9 +65,10 @@ class JobController:
             settings,
             self._trainers,
             Preparation(storage, blobs, catalogue, home, settings),
-            Publication(storage, blobs, models, home, prover),
+            Publication(storage, blobs, models, home, prover, on_end),
             prover,
             self.wake,
+            on_end,
         )
         self._woken = threading.Event()
         self._stopping = threading.Event()

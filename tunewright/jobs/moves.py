@@ -12,7 +12,7 @@ from tunewright.i18n import mark
 from tunewright.jobs import events, progress
 from tunewright.jobs.errand import Errand
 from tunewright.jobs.journal_reader import Terminal, read_batch
-from tunewright.jobs.ports import Prover
+from tunewright.jobs.ports import OnEnd, Prover
 from tunewright.jobs.preparation import Preparation
 from tunewright.jobs.publication import Proven, Publication
 from tunewright.jobs.records import (
@@ -62,6 +62,7 @@ class Moves:
         publication: Publication,
         prover: Prover,
         wake: Callable[[], None],
+        on_end: OnEnd,
     ) -> None:
         self._storage = storage
         self._settings = settings
@@ -70,6 +71,7 @@ class Moves:
         self._publication = publication
         self._prover = prover
         self._wake = wake
+        self._on_end = on_end
         self._occupied = 0
         self._settled: dict[str, int] = {}
         """Job id -> the attempt of which no process is left and whose whole journal is stored."""
@@ -281,6 +283,7 @@ class Moves:
             )
             if changed is not None:
                 tx.jobs.add_events([events.message(changed, "cancelled", mark("The job was cancelled"))])
+                self._on_end(tx, changed)
         if changed is not None:
             self._publication.withdraw(job)
         return False
@@ -342,6 +345,7 @@ class Moves:
             )
             if changed is not None:
                 tx.jobs.add_events([msgspec.structs.replace(event, code=code, values=shown)])
+                self._on_end(tx, changed)
         if changed is not None:
             log.warning("job_failed", job=job.id, code=code)
             self._publication.withdraw(job)

@@ -1,9 +1,22 @@
 """What the job service asks of the world around it."""
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
+from tunewright.jobs.records import Job
 from tunewright.models.records import Base, TunedModel
+
+if TYPE_CHECKING:
+    from tunewright.storage import Transaction
+
+OnEnd = Callable[["Transaction", Job], None]
+"""Called with a job that has just reached its last state, in the transaction that stores it: what else must be written then,
+or not at all. It may raise what storage raises, and takes no time."""
+
+
+def nothing_at_end(tx: "Transaction", job: Job) -> None:
+    """For whoever wants nothing to be written."""
 
 
 class Runner(Protocol):

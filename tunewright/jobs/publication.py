@@ -16,7 +16,7 @@ from tunewright.i18n import mark
 from tunewright.ids import new_id
 from tunewright.jobs import events
 from tunewright.jobs.journal_reader import first_record
-from tunewright.jobs.ports import Prover
+from tunewright.jobs.ports import OnEnd, Prover
 from tunewright.jobs.progress import all_events
 from tunewright.jobs.records import SUCCEEDED, Job
 from tunewright.jobs.spec import Finished
@@ -41,13 +41,20 @@ class Proven:
 
 class Publication:
     def __init__(
-        self, storage: "Storage", blobs: "Blobs", models: "ModelService", home: HomeFolder, prover: Prover
+        self,
+        storage: "Storage",
+        blobs: "Blobs",
+        models: "ModelService",
+        home: HomeFolder,
+        prover: Prover,
+        on_end: OnEnd,
     ) -> None:
         self._storage = storage
         self._blobs = blobs
         self._models = models
         self._home = home
         self._prover = prover
+        self._on_end = on_end
 
     def prove(self, job: Job, base: Base, finished: Finished) -> Proven:
         """Move the adapter to its place and have its effect measured. Slow: an engine may have to start.
@@ -119,6 +126,7 @@ class Publication:
                     events.succeeded(changed),
                 ]
             )
+            self._on_end(tx, changed)
         return changed
 
     def withdraw(self, job: Job) -> None:

@@ -15,6 +15,7 @@ from tunewright.ids import new_id
 from tunewright.jobs import creation, events
 from tunewright.jobs.creation import CreateJob
 from tunewright.jobs.hyperparameters import parse
+from tunewright.jobs.ports import OnEnd, nothing_at_end
 from tunewright.jobs.records import (
     CANCELLED,
     CANCELLING,
@@ -63,6 +64,7 @@ class JobService:
         self._home = home
         self._settings = settings
         self.on_change: Callable[[], None] = lambda: None
+        self.on_end: OnEnd = nothing_at_end
 
     def create(self, project_id: str, request: CreateJob, idempotency: IdempotencyKey | None = None) -> Job:
         """The new job, or the one that an earlier request with the same idempotency key or `request_id` made.
@@ -108,6 +110,7 @@ class JobService:
             else:
                 changed = _change(tx, job, status=CANCELLED, finished_at=wall_s_after(job.created_at, job.running_at))
                 event = events.message(changed, "cancelled", mark("The job was cancelled"))
+                self.on_end(tx, changed)
             tx.jobs.add_events([event])
         self.on_change()
         return changed

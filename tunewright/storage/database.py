@@ -27,6 +27,7 @@ from tunewright.storage.images import FileImages
 from tunewright.storage.jobs import Jobs
 from tunewright.storage.leases import Leases
 from tunewright.storage.models import Models
+from tunewright.storage.notifications import Channels, Deliveries
 from tunewright.storage.postgres import PostgresConnections
 from tunewright.storage.sqlite import SqliteConnections
 from tunewright.storage.uploads import Uploads
@@ -91,6 +92,8 @@ class Transaction:
         self.uploads = Uploads(connection)
         self.jobs = Jobs(connection)
         self.models = Models(connection)
+        self.channels = Channels(connection)
+        self.deliveries = Deliveries(connection)
         self.idempotency = Idempotency(connection)
         self.leases = Leases(connection)
 
