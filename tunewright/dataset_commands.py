@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple, NoReturn
 
 import typer
 from pydantic import ValidationError
@@ -24,8 +24,8 @@ from tunewright.i18n import mark, translate
 from tunewright.settings import HomeFolder, Settings
 
 if TYPE_CHECKING:
-    from tunewright.datasets.convert import Converted
     from tunewright.datasets.report import Report
+    from tunewright.jobs.spec import Hyperparameters
 
 EXIT_DATA = 1
 EXIT_USAGE = 2
@@ -60,7 +60,8 @@ def validate(
     model: Annotated[str | None, typer.Option(help="Also count tokens, with this base model")] = None,
     max_length: Length = None,
     fetch_images: Annotated[
-        bool, typer.Option("--fetch-images", help="Also fetch images that rows give by their address, as the server does")
+        bool,
+        typer.Option("--fetch-images", help="Also fetch images that rows give by their address, as the server does"),
     ] = False,
     home: Home = None,
     force: Force = False,
@@ -68,6 +69,7 @@ def validate(
     language: Language = None,
 ) -> None:
     """Check a data file: what it holds, what is wrong in it and where, and what can be mended."""
+    from tunewright.datasets.export import export_list
     from tunewright.datasets.presentation import dataset_object
 
     with _explained(language, home) as settings:
@@ -78,14 +80,20 @@ def validate(
         base = _base(settings, model) if model is not None else None
         if problems is not None:
             _check_target(problems, force, file, against)
-        report = _checked(file, purpose, settings, tongue, against, problems, fetch_images)
-        if base is not None and not report.file_errors and report.rows > report.bad_rows:
-            _count_tokens(report, file, base, _length(base, max_length), settings, tongue)
+        with tempfile.TemporaryDirectory(prefix="tunewright-") as folder:
+            listed = Path(folder) / "problems.jsonl" if problems is not None else None
+            report, not_fetched = _checked(file, purpose, settings, tongue, against, listed, fetch_images)
+            if base is not None and not report.file_errors and report.rows > report.bad_rows:
+                _count_tokens(report, file, base, max_length, settings, tongue, listed)
+            if problems is not None and listed is not None:
+                export_list(listed, problems, tongue)
         shown = dataset_object(report, filename=file.name, purpose=purpose, language=tongue)
         if as_json:
             typer.echo(json.dumps(shown, ensure_ascii=False, indent=2))
         else:
-            terminal.print_report(terminal.console(), file, shown, report, tongue)
+            terminal.print_report(
+                terminal.console(), file, shown, report, tongue, not_fetched=not_fetched, against=against
+            )
     if not report.ok:
         raise typer.Exit(EXIT_DATA)
 
@@ -120,6 +128,7 @@ def convert(
     from tunewright.datasets.convert import convert as convert_file
     from tunewright.datasets.foreign import FORMATS
     from tunewright.datasets.importers import STYLES
+    from tunewright.datasets.presentation import converted_object
 
     with _explained(language) as settings:
         tongue = language or settings.language
@@ -144,7 +153,7 @@ def convert(
                 progress=progress,
             )
         if as_json:
-            typer.echo(json.dumps(_converted_object(converted, tongue), ensure_ascii=False, indent=2))
+            typer.echo(json.dumps(converted_object(converted, tongue), ensure_ascii=False, indent=2))
         else:
             terminal.print_converted(terminal.console(), output, converted, tongue)
     if (converted.skipped and not skip_bad) or not converted.written:
@@ -158,6 +167,9 @@ def repair(
     purpose: Purpose = "fine-tune",
     code: Annotated[list[str] | None, typer.Option(help="Mend problems of this code alone; repeat it")] = None,
     line: Annotated[list[int] | None, typer.Option(min=1, help="Mend this line alone; repeat it")] = None,
+    against: Annotated[
+        Path | None, typer.Option(help="The training file, if FILE is for validation: leaves out rows that are in both")
+    ] = None,
     drop_bad_rows: Annotated[
         bool, typer.Option("--drop-bad-rows", help="Leave out rows that still have errors")
     ] = False,
@@ -172,16 +184,20 @@ def repair(
     with _explained(language) as settings:
         tongue = language or settings.language
         _check_purpose(purpose)
-        _check_source(file)
-        _check_target(output, force, file)
+        for path in (file, against):
+            _check_source(path)
+        _check_target(output, force, file, against)
         choice = Choice(
             codes=frozenset(code) if code else None,
             lines=frozenset(line) if line else None,
             drop_bad_rows=drop_bad_rows,
         )
-        with tempfile.TemporaryDirectory(prefix=".tunewright-", dir=output.parent) as folder:
+        with (
+            tempfile.TemporaryDirectory(prefix=".tunewright-", dir=output.parent) as folder,
+            _bar(file, mark("Mending"), tongue) as progress,
+        ):
             mended = Path(folder) / "mended.jsonl"
-            repaired = repair_file(file, mended, purpose, settings, choice)
+            repaired = repair_file(file, mended, purpose, settings, choice, against=against, progress=progress)
             fsync_file(mended)
             os.replace(mended, output)
         if as_json:
@@ -214,8 +230,16 @@ def split(
         _check_source(file)
         _check_target(output, force, file)
         _check_target(validation_out, force, file, output)
-        limit = settings.max_line_bytes
-        sides = split_file(file, output, validation_out, ratio=validation_ratio, seed=seed, max_line_bytes=limit)
+        with _bar(file, mark("Splitting"), tongue) as progress:
+            sides = split_file(
+                file,
+                output,
+                validation_out,
+                ratio=validation_ratio,
+                seed=seed,
+                max_line_bytes=settings.max_line_bytes,
+                progress=progress,
+            )
         if as_json:
             typer.echo(json.dumps(sides._asdict()))
             return
@@ -245,7 +269,7 @@ def preview(
         _check_source(file)
         base = _base(settings, model)
         data = _row_at(file, line, settings.max_line_bytes)
-        examples = preview_row(data, line, renderer_of(base.path), _length(base, max_length))
+        examples = preview_row(data, line, renderer_of(base.path), _choices(base, 1, max_length).max_length)
         if as_json:
             shown = {"line": line, "model": base.code, "examples": msgspec.to_builtins(examples)}
             typer.echo(json.dumps(shown, ensure_ascii=False, indent=2))
@@ -262,28 +286,24 @@ def _checked(
     settings: Settings,
     language: str,
     against: Path | None,
-    problems: Path | None,
+    listed: Path | None,
     fetch_images: bool,
-) -> "Report":
-    """The report on the file and the images in its rows; all problems in `problems`, if that is wanted."""
+) -> "tuple[Report, int]":
+    """The report on the file and the images in its rows, and how many images were not fetched; all problems in `listed`."""
     from tunewright.datasets.check import check
     from tunewright.datasets.image_check import check_images
     from tunewright.egress import Egress
 
     processes = (os.cpu_count() or 1) if file.stat().st_size > _MANY_BYTES else 1
-    with (
-        _bar(file, mark("Checking"), language) as progress,
-        tempfile.TemporaryDirectory(prefix="tunewright-") as folder,
-    ):
-        listed = Path(folder) / "problems.jsonl" if problems is not None else None
+    with _bar(file, mark("Checking"), language) as progress:
         report = check(
             file, purpose, settings, problems_to=listed, against=against, processes=processes, progress=progress
         )
-        egress = Egress(settings.remote_media_hosts) if fetch_images and settings.remote_media == "public" else None
-        check_images(file, report, settings.max_line_bytes, egress=egress, problems=listed)
-        if problems is not None and listed is not None:
-            _export(listed, problems, language)
-    return report
+    remote_allowed = settings.remote_media == "public"
+    egress = Egress(settings.remote_media_hosts) if fetch_images and remote_allowed else None
+    limit = settings.max_line_bytes
+    left_out = check_images(file, report, limit, egress=egress, remote_allowed=remote_allowed, problems=listed)
+    return report, left_out
 
 
 def _row_at(file: Path, number: int, max_line_bytes: int) -> bytes:
@@ -310,6 +330,8 @@ class _Pulled(NamedTuple):
     code: str
     path: Path
     context_tokens: int
+    tokens_per_image: int
+    price_per_million_tokens: float | None
 
 
 def _base(settings: Settings, code: str) -> _Pulled:
@@ -321,60 +343,60 @@ def _base(settings: Settings, code: str) -> _Pulled:
     if base.path is None:
         sentence = mark('The weights of "{base}" are not on this machine; run: tunewright models pull {base}')
         raise InvalidRequest("model_not_pulled", sentence, base=base.code)
-    return _Pulled(base.code, base.path, base.context_tokens)
+    price = base.price_per_million_tokens
+    return _Pulled(
+        base.code,
+        base.path,
+        base.context_tokens,
+        base.tokens_per_image,
+        settings.price_per_million_tokens if price is None else price,
+    )
 
 
-def _length(base: _Pulled, wanted: int | None) -> int:
-    """The length that rows are cut to: what was asked for, else what a job takes that asks for none."""
+def _choices(base: _Pulled, rows: int, max_length: int | None) -> "Hyperparameters":
+    """What a job on so many rows would choose, but for the length that was asked for."""
     from tunewright.jobs.hyperparameters import resolve
 
-    if wanted is not None:
-        return min(wanted, base.context_tokens)
-    usual = resolve({}, rows=1, training_type="lora", method="supervised", context_tokens=base.context_tokens)
-    return usual.max_length
+    asked = {} if max_length is None else {"max_length": min(max_length, base.context_tokens)}
+    return resolve(asked, rows=rows, training_type="lora", method="supervised", context_tokens=base.context_tokens)
 
 
 def _count_tokens(
-    report: "Report", file: Path, base: _Pulled, max_length: int, settings: Settings, language: str
+    report: "Report",
+    file: Path,
+    base: _Pulled,
+    max_length: int | None,
+    settings: Settings,
+    language: str,
+    listed: Path | None,
 ) -> None:
-    """Add the tokens to the report: their statistics, and the rows that the length limit changes."""
-    import msgspec
-
-    from tunewright.datasets.report import MAX_PROBLEMS
+    """Add the tokens to the report: their statistics, what training takes, and the rows that the length limit changes."""
+    from tunewright.datasets.estimates import estimate
     from tunewright.datasets.token_counts import count_tokens
+    from tunewright.datasets.token_report import add_tokens, join_lists
 
-    limit = settings.max_line_bytes
+    choices = _choices(base, report.rows, max_length)
+    of_tokens = None if listed is None else listed.with_name("tokens.jsonl")
     with _bar(file, mark("Counting tokens"), language) as progress:
-        tokens = count_tokens(file, base.path, max_length=max_length, max_line_bytes=limit, progress=progress)
-    shown = msgspec.to_builtins(tokens)
-    shown.pop("problems")
-    report.statistics = {**report.statistics, "tokens": shown}
-    for code, severity in (("nothing_to_train", "error"), ("example_too_long", "warning")):
-        found = tokens.counts.get(code, 0)
-        if not found or code in report.counts:  # the check has said so of the rows
-            continue
-        report.counts = {**report.counts, code: found}
-        if severity == "error":
-            report.errors += found
-            report.bad_rows += found
-        else:
-            report.warnings += found
-        new = [problem for problem in tokens.problems if problem.code == code]
-        report.problems = sorted([*report.problems, *new], key=lambda problem: problem.severity)[:MAX_PROBLEMS]
-        report.firsts = [*report.firsts, *new[:1]]
-
-
-def _export(listed: Path, target: Path, language: str) -> None:
-    import msgspec
-
-    from tunewright.datasets import export
-    from tunewright.datasets.report import Problem
-    from tunewright.files_on_disk import writing
-
-    write = export.table if target.suffix.lower() == ".csv" else export.json_lines
-    decode = msgspec.json.Decoder(Problem).decode
-    with listed.open("rb") as lines, writing(target) as stream:
-        stream.writelines(write((decode(line) for line in lines), language))
+        counted = count_tokens(
+            file,
+            base.path,
+            max_length=choices.max_length,
+            max_line_bytes=settings.max_line_bytes,
+            progress=progress,
+            problems_to=of_tokens,
+        )
+    if listed is not None and of_tokens is not None:
+        join_lists(listed, of_tokens)
+    taken = estimate(
+        report.kind,
+        counted,
+        n_epochs=choices.n_epochs,
+        tokens_per_image=base.tokens_per_image,
+        price_per_million_tokens=base.price_per_million_tokens,
+        speeds=(),
+    )
+    add_tokens(report, counted, taken)
 
 
 def _columns(given: list[str] | None) -> dict[str, str]:
@@ -475,18 +497,3 @@ def _bar(file: Path, label: str, language: str) -> Iterator[Callable[[int, int],
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task(translate(label, language), total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)
-
-
-def _converted_object(converted: "Converted", language: str) -> dict[str, Any]:
-    from tunewright.datasets.presentation import problem_object
-
-    return {
-        "format": converted.file_format,
-        "encoding": converted.encoding,
-        "written": converted.written,
-        "rows": converted.rows,
-        "skipped": converted.skipped,
-        "styles": dict(converted.styles),
-        "dropped": dict(converted.dropped),
-        "problems": [problem_object(problem, language) for problem in converted.problems],
-    }

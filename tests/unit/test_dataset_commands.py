@@ -104,7 +104,8 @@ def test_every_problem_can_be_written_to_a_file() -> None:
     run("validate", "rows.jsonl", "--problems", "all.csv", "--language", "zh", exit_code=1)
     listed = list(csv.DictReader(io.StringIO(Path("all.csv").read_text("utf-8"))))
     assert [row["line"] for row in listed if row["code"] == "invalid_role"] == ["2", "3"]
-    assert "第 2 行" in listed[0]["message"]
+    assert [row["line"] for row in listed] == ["", "2", "3", "3"]
+    assert "第 2 行" in listed[1]["message"]
     assert "--force" in run("validate", "rows.jsonl", "--problems", "all.csv", exit_code=2).stderr
     run("validate", "rows.jsonl", "--problems", "all.csv", "--force", exit_code=1)
 
@@ -429,6 +430,26 @@ def test_tokens_are_counted_and_rows_that_the_limit_changes_are_named(home: str)
     assert found["report"]["errors"] == 2
     shown = " ".join(run(*words, "--max-length", "100", exit_code=1).stdout.split())
     assert "rows may have up to 100" in shown
+    taken = found["statistics"]["estimate"]
+    assert taken["trained_tokens"] == taken["n_epochs"] * tokens["tokens_per_epoch"]
+    assert f"{taken['trained_tokens']:,} tokens = text_tokens * n_epochs" in " ".join(
+        run(*words, exit_code=1).stdout.split()
+    )
+    run(*words, "--problems", "all.jsonl", exit_code=1)
+    assert [(problem["line"], problem["code"]) for problem in rows("all.jsonl")][-3:] == [
+        *((2, "example_too_long"), (3, "nothing_to_train"), (4, "invalid_role")),
+    ]
+
+
+def test_rows_without_trained_tokens_count_beside_those_without_weight(home: str) -> None:
+    silent = {"messages": [USER, {**ASSISTANT, "weight": 0}]}
+    put("rows.jsonl", lines(GOOD, silent, turns("question " * 400, "Hi")))
+    words = ["validate", "rows.jsonl", "--model", "tiny", "--home", home]
+    report = json.loads(run(*words, "--json", exit_code=1).stdout)["report"]
+    assert (report["counts"]["nothing_to_train"], report["errors"], report["bad_rows"]) == (2, 2, 2)
+    assert [problem["line"] for problem in report["problems"] if problem["severity"] == "error"] == [2, 3]
+    run(*words, "--problems", "all.jsonl", exit_code=1)
+    assert [problem["line"] for problem in rows("all.jsonl")] == [None, 2, 3]
     assert "每行最多 256 个" in run(*words, "--language", "zh", exit_code=1).stdout
 
 

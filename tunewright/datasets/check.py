@@ -75,7 +75,7 @@ def check(
             begin = len(codecs.BOM_UTF8)
             sentence = mark("The file begins with a byte order mark (BOM); it is dropped.")
             reporter.add("warning", "byte_order_mark", sentence, patch=Patch(rewrite="utf8"))
-        known = _known_rows(against, purpose, limits) if against is not None and depth.compare else None
+        known = known_rows(against, purpose, limits) if against is not None and depth.compare else None
         scan = Scan(reporter, purpose, limits, depth)
         told = None if progress is None else lambda done: progress(begin + done, size)
         in_parts = processes > 1 and size >= PARTS_FROM_BYTES and purpose in FINE_TUNE_PURPOSES
@@ -113,7 +113,7 @@ def check_in_child(
     return run_in_child(path, purpose, limits, problems_to, statistics, against, processes, progress)
 
 
-def _known_rows(path: Path, purpose: str, limits: Limits) -> Known:
+def known_rows(path: Path, purpose: str, limits: Limits) -> Known:
     """The rows of a training file, without a word on what is wrong with it."""
     scan = Scan(Reporter(), purpose, limits, Depth(texts=False, statistics=False))
     with path.open("rb") as stream:
@@ -172,10 +172,10 @@ def _sum_up(scan: Scan, purpose: str) -> None:
         return
     needed = scan.limits.min_training_rows
     if scan.rows < needed:
-        sentence = mark("The file has {found} rows; at least {needed} are needed.")
+        sentence = mark("Rows in the file: {found}; at least {needed} are needed.")
         reporter.add("error", "too_few_examples", sentence, found=scan.rows, needed=needed)
     elif scan.rows < ADVISED_ROWS:
-        sentence = mark("The file has {found} rows; good results usually need some hundreds.")
+        sentence = mark("Rows in the file: {found}; good results usually need some hundreds.")
         reporter.add("warning", "few_rows", sentence, found=scan.rows)
     else:
         _advise_balance(scan)

@@ -3,12 +3,15 @@
 import csv
 import io
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from tunewright.datasets.presentation import problem_object
+from tunewright.datasets.problem_list import sort_by_line
 from tunewright.datasets.report import Problem
+from tunewright.files_on_disk import writing
 
 COLUMNS = ("line", "byte_offset", "pointer", "code", "severity", "message", "patch")
 _PIECE_BYTES = 256 * 1024
@@ -46,3 +49,13 @@ def table(problems: Iterable[Problem], language: str) -> Iterator[bytes]:
 
 def _cell(value: Any) -> Any:
     return "'" + value if isinstance(value, str) and value.startswith(_FORMULA_STARTS) else value
+
+
+def export_list(listed: Path, target: Path, language: str) -> None:
+    """Write the problems of the list that a check has made to `target`, in the order of their lines: as a table if it is called
+    .csv, else as JSON lines. The file appears whole or not at all."""
+    sort_by_line(listed)
+    write = table if target.suffix.lower() == ".csv" else json_lines
+    decode = msgspec.json.Decoder(Problem).decode
+    with listed.open("rb") as lines, writing(target) as stream:
+        stream.writelines(write((decode(line) for line in lines), language))

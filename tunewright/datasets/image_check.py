@@ -24,18 +24,20 @@ def check_images(
     max_line_bytes: int,
     *,
     egress: Egress | None = None,
+    remote_allowed: bool = True,
     problems: Path | None = None,
     progress: Callable[[int], None] | None = None,
-) -> None:
+) -> int:
     """Decode the images of a file whose rows `report` is about; what is wrong with them is added to `report` and to the list in
-    `problems`, if that exists, and `report.statistics["image_files"]` is set.
+    `problems`, if that exists, and `report.statistics["image_files"]` is set. The answer is how many were not looked at.
 
-    Without `egress` only images that stand in their rows are looked at; web addresses are left out of the statistics. `progress`
+    Without `egress` these are all that are given by their web address; with `remote_allowed` False such are errors. `progress`
     hears how many different images are done. Raises OSError and Unavailable(`image_decoder_failed`).
     """
     if report.kind not in IMAGE_KINDS or report.file_errors:
-        return
+        return 0
     outcomes: dict[bytes, Outcome] = {}
+    left_out = 0
     with tempfile.TemporaryDirectory() as folder, Decoder() as decoder, ThreadPoolExecutor(_AT_ONCE) as threads:
         obtainer = Obtainer(Path(folder), egress, decoder, threading.Event())
 
@@ -47,7 +49,11 @@ def check_images(
 
         references = read_references(path, max_line_bytes)
         while some := list(islice(references, _AT_ONCE)):
-            new = {one.key: one for one in some if one.key not in outcomes and not obtainer.refuses(one)}
+            refused = [one for one in some if obtainer.refuses(one)]
+            left_out += len(refused)
+            if not remote_allowed:
+                outcomes.update((one.key, Outcome(code="remote_media_not_allowed")) for one in refused)
+            new = {one.key: one for one in some if one.key not in outcomes and one not in refused}
             outcomes.update(threads.map(look, new.values()))
             if progress is not None:
                 progress(len(outcomes))
@@ -58,4 +64,6 @@ def check_images(
         for _ in image_lines(looked_at, outcomes, findings, statistics):
             pass
     findings.join(report)
-    report.statistics["image_files"] = statistics.result()
+    if any(outcome.code != "remote_media_not_allowed" for outcome in outcomes.values()):
+        report.statistics["image_files"] = statistics.result()
+    return left_out if remote_allowed else 0

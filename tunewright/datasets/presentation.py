@@ -1,12 +1,15 @@
 """How a dataset and its report are shown: one object for the API and for the command line."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from tunewright.datasets.records import File
 from tunewright.datasets.report import Problem, Report
 from tunewright.i18n import LANGUAGES, mark, translate
+
+if TYPE_CHECKING:
+    from tunewright.datasets.convert import Converted
 
 IMAGES = "images"
 """Where the report of a file that is `processing` says how many of its images are done."""
@@ -129,4 +132,18 @@ def _totals(report: Report) -> dict[str, Any]:
         "warnings": report.warnings,
         "bad_rows": report.bad_rows,
         "counts": report.counts,
+    }
+
+
+def converted_object(converted: "Converted", language: str) -> dict[str, Any]:
+    """What a conversion did, with the rows that it could not convert."""
+    return {
+        "format": converted.file_format,
+        "encoding": converted.encoding,
+        "written": converted.written,
+        "rows": converted.rows,
+        "skipped": converted.skipped,
+        "styles": dict(converted.styles),
+        "dropped": dict(converted.dropped),
+        "problems": [problem_object(problem, language) for problem in converted.problems],
     }

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple
 
 from tunewright.datasets import documents, fast_rows, fingerprints, patches
+from tunewright.datasets.check import Progress, known_rows
 from tunewright.datasets.line_check import check_line
 from tunewright.datasets.lines import read_lines
 from tunewright.datasets.records import FINE_TUNE_PURPOSES
@@ -20,6 +21,8 @@ from tunewright.errors import InvalidRequest
 
 MAX_ROUNDS = 50
 _DUPLICATE = "duplicate_row"
+_LEAK = "validation_leak"
+_TOLD_EVERY_LINES = 1000
 _TRANSCODED_BYTES = 1 << 20
 
 
@@ -40,16 +43,26 @@ class Repaired(NamedTuple):
     left: int
 
 
-def repair(source: Path, target: Path, purpose: str, limits: Limits, choice: Choice) -> Repaired:
+def repair(
+    source: Path,
+    target: Path,
+    purpose: str,
+    limits: Limits,
+    choice: Choice,
+    *,
+    against: Path | None = None,
+    progress: Progress | None = None,
+) -> Repaired:
     """Write the mended file to `target`, in bounded memory. Raises only OSError.
 
-    A file that can't be mended at all (or may not, by the choice) is copied; `left` is 1 then.
+    Rows that stand in the training file `against` are left out (code `validation_leak`). A file that can't be mended at all (or
+    may not, by the choice) is copied; `left` is 1 then.
     """
     with source.open("rb") as stream, target.open("wb", buffering=1 << 18) as output:
         head = stream.read(HEAD_BYTES)
         verdict = sniff(head, whole=len(head) < HEAD_BYTES)
         stream.seek(0)
-        repairer = _Repairer(output, purpose, limits, choice)
+        repairer = _Repairer(output, purpose, limits, choice, against, progress)
         if verdict is None:
             repairer.repair_lines(stream, head.startswith(codecs.BOM_UTF8), source)
         elif verdict.patch is None or not _is_chosen(choice, verdict.code):
@@ -118,8 +131,18 @@ class _Findings(Reporter):
 
 
 class _Repairer:
-    def __init__(self, output: BinaryIO, purpose: str, limits: Limits, choice: Choice) -> None:
+    def __init__(
+        self,
+        output: BinaryIO,
+        purpose: str,
+        limits: Limits,
+        choice: Choice,
+        against: Path | None,
+        progress: Progress | None,
+    ) -> None:
         self.output = output
+        self.against = against
+        self.progress = progress
         self.purpose = purpose
         self.training = purpose in FINE_TUNE_PURPOSES
         self.limits = limits
@@ -137,6 +160,7 @@ class _Repairer:
     def repair_lines(self, stream: BinaryIO, has_mark: bool, path: Path) -> None:
         """Every line of a file that is JSONL."""
         repeated = self._repeated_lines(path)
+        size = path.stat().st_size
         if has_mark:
             stream.seek(len(codecs.BOM_UTF8))
             if _is_chosen(self.choice, "byte_order_mark"):
@@ -144,6 +168,8 @@ class _Repairer:
             else:
                 self.output.write(codecs.BOM_UTF8)
         for line in read_lines(stream, self.limits.max_line_bytes):
+            if self.progress is not None and line.number % _TOLD_EVERY_LINES == 0:
+                self.progress(line.byte_offset, size)
             chosen = self.choice.lines is None or line.number in self.choice.lines
             if line.data is None:
                 self._handle_long_line(stream, line.byte_offset, chosen)
@@ -163,15 +189,20 @@ class _Repairer:
             self._repair(documents.whole(document.data), changed=True)
 
     def _repeated_lines(self, path: Path) -> frozenset[int]:
-        """The numbers of lines that repeat an earlier one, if such are to be left out."""
-        if not self.training or not _is_chosen(self.choice, _DUPLICATE):
+        """The numbers of lines that repeat an earlier one or stand in the training file, if such are to be left out."""
+        repeats = self.training and _is_chosen(self.choice, _DUPLICATE)
+        against = self.against if self.training and _is_chosen(self.choice, _LEAK) else None
+        if not repeats and against is None:
             return frozenset()
         scan = Scan(Reporter(), self.purpose, self.limits, Depth(texts=False, statistics=False))
         with path.open("rb") as stream:
             if stream.read(len(codecs.BOM_UTF8)) != codecs.BOM_UTF8:
                 stream.seek(0)
             scan.read(stream, path.stat().st_size)
-        return frozenset(row.line_index + 1 for row in fingerprints.duplicates(scan.fingerprints))
+        found = [fingerprints.duplicates(scan.fingerprints)] if repeats else []
+        if against is not None:
+            found.append(known_rows(against, self.purpose, self.limits).common(scan.fingerprints))
+        return frozenset(row.line_index + 1 for rows in found for row in rows)
 
     def _handle_long_line(self, stream: BinaryIO, offset: int, chosen: bool) -> None:
         """A line over the limit is left out with the bad rows; else its beginning is kept, which is as bad."""

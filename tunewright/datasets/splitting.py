@@ -1,6 +1,7 @@
 """Which rows are for validation: decided by the row alone, so that it is the same whatever stands around it."""
 
 import codecs
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,6 +14,7 @@ from tunewright.files_on_disk import writing
 from tunewright.i18n import mark
 
 _SEEDS = 2**64
+_TOLD_EVERY_LINES = 1000
 
 
 def side(row_bytes: bytes, ratio: float, seed: int) -> bool:
@@ -38,16 +40,29 @@ class Split(NamedTuple):
     validation: int
 
 
-def split(source: Path, train: Path, validation: Path, *, ratio: float, seed: int, max_line_bytes: int) -> Split:
+def split(
+    source: Path,
+    train: Path,
+    validation: Path,
+    *,
+    ratio: float,
+    seed: int,
+    max_line_bytes: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> Split:
     """Write each row of `source`, as it stands, to one of the two files; they appear whole or not at all.
 
-    Blank lines are left out. Raises InvalidRequest (`split_leaves_nothing` if one side would be empty, `line_too_long`), OSError.
+    Blank lines are left out. `progress` hears of bytes done and in all. Raises InvalidRequest (`split_leaves_nothing` if one side
+    would be empty, `line_too_long`), OSError.
     """
     counts = [0, 0]
+    size = source.stat().st_size
     with source.open("rb", buffering=1 << 18) as stream, writing(train) as kept, writing(validation) as measured:
         if stream.read(len(codecs.BOM_UTF8)) != codecs.BOM_UTF8:
             stream.seek(0)
         for line in read_lines(stream, max_line_bytes):
+            if progress is not None and line.number % _TOLD_EVERY_LINES == 0:
+                progress(line.byte_offset, size)
             if line.data is None:
                 sentence = mark("line {line} is longer than {limit} bytes")
                 raise InvalidRequest("line_too_long", sentence, line=line.number, limit=max_line_bytes)

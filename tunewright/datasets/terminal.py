@@ -91,7 +91,17 @@ def _grid(*cells: Any) -> "Table":
     return grid
 
 
-def print_report(console: "Console", file: Path, shown: dict[str, Any], report: "Report", language: str) -> None:
+def print_report(
+    console: "Console",
+    file: Path,
+    shown: dict[str, Any],
+    report: "Report",
+    language: str,
+    *,
+    not_fetched: int = 0,
+    against: Path | None = None,
+) -> None:
+    """The whole report; `not_fetched` images were not looked at, and the rows were compared with those of `against`."""
     from rich.filesize import decimal
     from rich.text import Text
 
@@ -116,18 +126,20 @@ def print_report(console: "Console", file: Path, shown: dict[str, Any], report: 
         sentence = mark("{bad_rows} of {rows} rows can't be used. Errors: {errors}, warnings: {warnings}.")
         counts = {name: f"{getattr(report, name):,}" for name in ("bad_rows", "rows", "errors", "warnings")}
         say(console, "✗", "red", sentence, language, **counts)
+    if not_fetched:
+        sentence = mark("Images given by a web address and not looked at: {count}. --fetch-images fetches them.")
+        say(console, "!", "yellow", sentence, language, count=f"{not_fetched:,}")
     if mendable:
         sentence = mark("Mends that are certain: {mendable}. Apply them: tunewright datasets repair {path} -o OUT")
-        say(console, "→", "cyan", sentence, language, mendable=f"{mendable:,}", path=file)
+        words = file if against is None else f"{file} --against {against}"
+        say(console, "→", "cyan", sentence, language, mendable=f"{mendable:,}", path=words)
 
 
 def _places(report: "Report") -> dict[str, list[int]]:
-    """The first lines with each code."""
+    """The lines of those problems that the report holds, by code."""
     places: dict[str, list[int]] = {}
     for problem in report.problems:
-        lines = places.setdefault(problem.code, [])
-        if problem.line is not None and problem.line not in lines:
-            lines.append(problem.line)
+        places.setdefault(problem.code, []).append(problem.line or 0)
     return places
 
 
@@ -143,10 +155,11 @@ def _problem_table(groups: list[dict[str, Any]], places: dict[str, list[int]], l
         body = [(group["code"], f"bold {colour}")]
         if group["message"]:
             body.append((group["message"], ""))
-        also = places.get(group["code"], [])[1:]
+        known = places.get(group["code"], [])
+        also = list(dict.fromkeys(known))[1:]
         if also:
             listed = ", ".join(f"{line:,}" for line in also[:_LINES_SHOWN])
-            more = ", …" if group["count"] > len(also[:_LINES_SHOWN]) + 1 else ""
+            more = ", …" if len(also) > _LINES_SHOWN or group["count"] > len(known) else ""
             body.append((translate(mark("also in lines {listed}"), language, listed=listed + more), "dim"))
         cells = [Text("✗" if wrong else "!", style=f"bold {colour}"), f"{group['count']:,}", _Paragraphs(*body)]
         if mendable:
@@ -213,11 +226,13 @@ def print_statistics(console: "Console", statistics: dict[str, Any], language: s
             _numbers({"": statistics.get("turns", 0), mark("messages"): statistics.get("messages", 0)}, language),
         ),
         (mark("rows with"), _numbers({name: statistics.get(field, 0) for name, field in _WITH}, language)),
+        (mark("images"), _images(statistics.get("image_files"), language)),
         (mark("characters"), _spread(statistics.get("characters_per_row"), language)),
         (mark("kinds of task"), _shares(statistics.get("tasks"))),
         (mark("languages"), _shares(statistics.get("languages", {}).get("shares"))),
         (mark("tools called"), _numbers(statistics.get("tools", {}).get("top", {}), language)),
         (mark("tokens"), _tokens(statistics.get("tokens"), language)),
+        (mark("training"), _training(statistics.get("estimate"), language)),
     ]
     rows = [(translate(name, language), text) for name, text in lines if text]
     if not rows:
@@ -285,6 +300,37 @@ def _tokens(tokens: dict[str, Any] | None, language: str) -> str:
     }
     lines.append(translate(sentence, language, **{name: f"{number:,}" for name, number in numbers.items()}))
     return "\n".join(lines)
+
+
+def _images(images: dict[str, Any] | None, language: str) -> str:
+    """How many images, of which formats, of which sizes."""
+    from rich.filesize import decimal
+
+    if images is None:
+        return ""
+    sentence = mark("different: {distinct} ({size})")
+    lines = [translate(sentence, language, distinct=f"{images['distinct']:,}", size=decimal(images["bytes"]))]
+    if images["formats"]:
+        lines[0] += " · " + _numbers(images["formats"], language)
+    sizes = sorted(images["sizes"], key=lambda size: -size["count"])[:_SHARES_SHOWN]
+    edges = (f"{size['width'] or '>4096'} x {size['height'] or '>4096'}: {size['count']:,}" for size in sizes)
+    if sizes:
+        lines.append(translate(mark("pixels, at most {sizes}"), language, sizes=" · ".join(edges)))
+    if images["failed"]:
+        lines.append(translate(mark("unusable: {count}"), language, count=f"{images['failed']:,}"))
+    return "\n".join(lines)
+
+
+def _training(taken: dict[str, Any] | None, language: str) -> str:
+    """What training would take: tokens of all epochs, and a price if the operator has set one."""
+    if taken is None:
+        return ""
+    sentence = mark("{tokens} tokens = {formula}, n_epochs {n_epochs}")
+    names = {"tokens": f"{taken['trained_tokens']:,}", "formula": taken["formula"], "n_epochs": taken["n_epochs"]}
+    text = translate(sentence, language, **names)
+    if taken["price"] is not None:
+        text += " · " + translate(mark("price {price}"), language, price=f"{taken['price']:,}")
+    return text
 
 
 def print_preview(console: "Console", examples: "list[ShownExample]", language: str) -> None:

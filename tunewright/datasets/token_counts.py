@@ -7,13 +7,14 @@ and leaves `FOLDER/result.json` (`TokenStatistics`): the server neither loads nu
 import errno
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
-from tunewright.datasets.report import MAX_PROBLEMS, Problem
+from tunewright.datasets.report import MAX_PROBLEMS, MAX_WRITTEN, Problem
 from tunewright.i18n import mark
 
 if TYPE_CHECKING:
@@ -107,12 +108,13 @@ def count_tokens(
     between_rows: Callable[[], None] = lambda: None,
     cache: "PackedCache | None" = None,
     data_sha256: str = "",
+    problems_to: Path | None = None,
 ) -> TokenStatistics:
     """Count the tokens of every row of `path` with the tokenizer and template of the folder `base`.
 
     `processes` 0 means all cores. `progress` gets (bytes done, bytes in all); `between_rows` may raise to end it. With a
-    `cache`, the tokens are taken from there or kept there under `data_sha256`. Raises Misconfigured for a base that can't
-    be used, Unavailable(`tokenising_failed`).
+    `cache`, the tokens are taken from there or kept there under `data_sha256`. What `max_length` does to rows is appended to
+    the list `problems_to`, for every row. Raises Misconfigured for a base that can't be used, Unavailable(`tokenising_failed`).
     """
     from tunewright.datasets import packed_rows
     from tunewright.datasets.packed_cache import key_of
@@ -135,21 +137,27 @@ def count_tokens(
     if cache is None:
         with tempfile.TemporaryDirectory() as folder:
             make(Path(folder))
-            return _statistics(packed_rows.load(Path(folder)), max_length, renderer_hash)
+            return _statistics(packed_rows.load(Path(folder)), max_length, renderer_hash, problems_to)
     packed, _ = cache.use(key_of(data_sha256, renderer_hash), make, packed_rows.load, between_rows)
-    return _statistics(packed, max_length, renderer_hash)
+    return _statistics(packed, max_length, renderer_hash, problems_to)
 
 
-def _statistics(packed: "PackedRows", max_length: int, renderer_hash: str) -> TokenStatistics:
+def _statistics(packed: "PackedRows", max_length: int, renderer_hash: str, problems_to: Path | None) -> TokenStatistics:
     import numpy as np
 
     rows = _by_line(packed, max_length)
     used = rows.idle == 0
     lost = np.where(used, rows.tokens - rows.kept, 0)
     cut = lost > 0
+    if problems_to is not None:
+        with problems_to.open("ab") as stream:
+            idle = _problems(rows.lines[~used], rows.tokens[~used], "error", max_length)
+            shortened = _problems(rows.lines[cut], rows.tokens[cut], "warning", max_length)
+            written = islice(chain(idle, shortened), MAX_WRITTEN)
+            stream.writelines(msgspec.json.encode(problem) + b"\n" for problem in written)
     problems = [
-        *_problems(rows.lines[~used], rows.tokens[~used], "error", max_length),
-        *_problems(rows.lines[cut], rows.tokens[cut], "warning", max_length),
+        *_problems(rows.lines[~used][:MAX_PROBLEMS], rows.tokens[~used], "error", max_length),
+        *_problems(rows.lines[cut][:MAX_PROBLEMS], rows.tokens[cut], "warning", max_length),
         *(
             Problem(code=c.code, severity="error", message=c.message, values=c.values, line=c.line)
             for c in packed.causes
@@ -204,20 +212,18 @@ def _by_line(packed: "PackedRows", max_length: int) -> _Lines:
 
 def _problems(
     lines: "np.ndarray", tokens: "np.ndarray", severity: Literal["error", "warning"], limit: int
-) -> list[Problem]:
+) -> Iterator[Problem]:
     cut = mark("line {line} has {tokens} tokens; what lies beyond {limit} will be cut")
     nothing = mark("line {line} has {tokens} tokens, and none to train on among the first {limit}")
     code, message = ("example_too_long", cut) if severity == "warning" else ("nothing_to_train", nothing)
-    return [
-        Problem(
+    for line, count in zip(map(int, lines), map(int, tokens), strict=False):
+        yield Problem(
             code=code,
             severity=severity,
             message=message,
             values={"line": line, "tokens": count, "limit": limit},
             line=line,
         )
-        for line, count in zip(lines[:MAX_PROBLEMS].tolist(), tokens[:MAX_PROBLEMS].tolist(), strict=True)
-    ]
 
 
 def _affected(lines: "np.ndarray", tokens: int) -> Affected:
