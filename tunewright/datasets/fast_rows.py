@@ -9,7 +9,7 @@ bytes than the decoded row accounts for. Depth and keys are bounded by the types
 
 import itertools
 import operator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 from msgspec import UNSET, Raw, UnsetType
@@ -18,7 +18,7 @@ from tunewright import strict_json
 from tunewright.datasets import schemas, tools
 from tunewright.datasets.messages import CHAT, FUNCTION
 from tunewright.datasets.report import Reporter, Row
-from tunewright.datasets.row_facts import MAX_MESSAGES, Facts, Shape, Texts, shape_of, tools_digest
+from tunewright.datasets.row_facts import MAX_MESSAGES, Facts, Shape, answer_text, shape_of, tools_digest
 from tunewright.errors import InvalidRequest
 
 _MAX_KNOWN = 2000
@@ -59,12 +59,10 @@ class _Call(msgspec.Struct, forbid_unknown_fields=True, gc=False):
 
 class _RichSystem(msgspec.Struct, tag_field="role", tag="system", forbid_unknown_fields=True, gc=False):
     content: str
-    name: _OptionalText = UNSET
 
 
 class _RichUser(msgspec.Struct, tag_field="role", tag="user", forbid_unknown_fields=True, gc=False):
     content: str
-    name: _OptionalText = UNSET
 
 
 class _RichAssistant(msgspec.Struct, tag_field="role", tag="assistant", forbid_unknown_fields=True, gc=False):
@@ -72,7 +70,6 @@ class _RichAssistant(msgspec.Struct, tag_field="role", tag="assistant", forbid_u
     tool_calls: list[_Call] | UnsetType | None = UNSET
     reasoning_content: _OptionalText = UNSET
     weight: int | float | UnsetType | None = UNSET
-    name: _OptionalText = UNSET
 
 
 class _RichTool(msgspec.Struct, tag_field="role", tag="tool", forbid_unknown_fields=True, gc=False):
@@ -184,61 +181,110 @@ def _read(row: _RichRow) -> tuple[Facts | None, int]:
     if known is None:
         return None, -1
     reader = _Reader(known.offered)
-    texts = reader.texts
+    code = ""
+    texts: list[str] = []
+    characters = trained = 0
+    content: Any
     quotes = _QUOTES_PER_ROW + known.quotes + _QUOTES_PER_MESSAGE * len(row.messages)
+    doubtful = False
+    # One loop for all, without calls for the messages that most are: it runs for every message of a function file.
+    for message in row.messages:
+        content = message.content
+        if isinstance(message, _RichAssistant):
+            calls = message.tool_calls
+            if calls is not UNSET or message.reasoning_content is not UNSET or message.weight is not UNSET:
+                quotes += reader.read_answer(message)
+                characters += reader.size
+                code += "c" if calls else "a"
+                texts.append(reader.text)
+                continue
+            code += "a"
+            reader.teaches = True
+            if content is UNSET or content is None:
+                quotes -= 4 if content is UNSET else 2
+                content = ""
+            trained += len(content)
+        elif isinstance(message, _RichTool):
+            code += "t"
+            quotes += reader.read_reply(message)
+        else:
+            code += "u" if isinstance(message, _RichUser) else "s"
+        if reader.waiting and code[-1] != "t":
+            doubtful = True
+        if not content or content.isspace():
+            doubtful = True
+        characters += len(content)
+        texts.append(content)
     if row.parallel_tool_calls is not UNSET:
         quotes += 2
-    for message in row.messages:
-        if isinstance(message, _RichAssistant):
-            quotes += reader.read_answer(message)
-            continue
-        content = message.content
-        if not content or content.isspace():
-            reader.doubtful = True
-        if isinstance(message, _RichTool):
-            quotes += reader.read_reply(message.tool_call_id)
-            texts.add_message("t", content)
-        else:
-            reader.doubtful |= bool(reader.waiting)
-            texts.add_message("u" if isinstance(message, _RichUser) else "s", content)
-        if message.name is not UNSET:
-            quotes += _quotes_of(message.name)
-    facts = texts.facts(FUNCTION if reader.calling or known.digest else CHAT, known.digest)
-    if reader.doubtful or not reader.teaches or not facts.shape.regular:
+    shape = shape_of(code)
+    if doubtful or reader.doubtful or not reader.teaches or not shape.regular:
         return None, quotes
-    return facts, quotes
+    kind = FUNCTION if reader.calls or known.digest or "t" in code else CHAT
+    return Facts(
+        kind,
+        shape,
+        texts,
+        characters,
+        texts[-1],
+        trained + reader.trained,
+        known.digest,
+        reader.calls,
+        reader.reasoning,
+        reader.weights,
+    ), quotes
 
 
 class _Reader:
-    """Goes over the messages of one row: doubtful is what the exact rules might complain of."""
+    """Reads the messages of one row that have more than a role and a content."""
 
-    __slots__ = ("calling", "doubtful", "known", "offered", "teaches", "texts", "waiting")
+    __slots__ = (
+        *(
+            "calls",
+            "doubtful",
+            "known",
+            "offered",
+            "reasoning",
+            "size",
+            "teaches",
+            "text",
+            "trained",
+            "waiting",
+            "weights",
+        ),
+    )
 
     def __init__(self, offered: tools.Offered) -> None:
         self.offered = offered
-        self.texts = Texts()
-        self.calling = False
         self.doubtful = False
+        """Whether the exact rules might complain."""
         self.teaches = False
-        self.known: set[str] = set()
+        self.trained = 0
+        self.calls: list[str] = []
+        self.reasoning = False
+        self.weights = False
+        self.known: set[str] = _NO_IDS
         """Ids of the calls so far."""
-        self.waiting: set[str] = set()
+        self.waiting: set[str] = _NO_IDS
         """Those of them without a reply yet."""
+        self.text = ""
+        self.size = 0
 
-    def read_reply(self, identifier: str | UnsetType | None) -> int:
-        """The id in a tool's message; the answer is its quotes."""
-        self.calling = True
+    def read_reply(self, message: _RichTool) -> int:
+        """The answer is the quotes that the message has more than role and content."""
+        identifier = message.tool_call_id
+        quotes = 0 if message.name is UNSET else _quotes_of(message.name)
         if identifier is UNSET:
             self.doubtful = True
-            return 0
+            return quotes
         if identifier in self.known:
             self.waiting.discard(identifier)  # type: ignore[arg-type]
         else:
             self.doubtful = True
-        return _quotes_of(identifier)
+        return quotes + _quotes_of(identifier)
 
     def read_answer(self, message: _RichAssistant) -> int:
-        """An assistant's message; the answer is the quotes it has more than role and content."""
+        """Leaves the message's canonical text and its characters; the answer is as for a reply."""
         content, calls, reasoning, weight = (
             message.content,
             message.tool_calls,
@@ -250,7 +296,8 @@ class _Reader:
         quotes = 0
         if not content:
             quotes = -4 if content is UNSET else 0 if content == "" else -2
-            self.doubtful |= not calls
+            if not calls:
+                self.doubtful = True
         elif content.isspace():
             self.doubtful = True
         plain_calls: list[tuple[str, str]] = []
@@ -260,23 +307,23 @@ class _Reader:
                 quotes += self._read_calls(calls, plain_calls)
         if reasoning is not UNSET:
             quotes += _quotes_of(reasoning)
+            if reasoning:
+                self.reasoning = True
         trained = True
         if weight is not UNSET:
             quotes += 2
+            self.weights = True
             trained = weight != 0
             if weight is not None and (type(weight) is not int or weight not in (0, 1)):
                 self.doubtful = True
-        if message.name is not UNSET:
-            quotes += _quotes_of(message.name)
-        self.teaches |= trained
-        self.texts.add_answer(
-            content or "", plain_calls, reasoning or None, trained=trained, weights=weight is not UNSET
-        )
+        self.text, self.size = answer_text(content or "", plain_calls, reasoning or None, trained=trained)
+        if trained:
+            self.teaches = True
+            self.trained += self.size
         return quotes
 
     def _read_calls(self, calls: list[_Call], plain_calls: list[tuple[str, str]]) -> int:
         """Their quotes. Beyond doubt are calls that the tools offered allow, each with an id of its own."""
-        self.calling = True
         quotes = 0
         ids: set[str] = set()
         for call in calls:
@@ -284,14 +331,19 @@ class _Reader:
             quotes += 14
             if call.type is not UNSET:
                 quotes += 4
-                self.doubtful |= call.type != "function"
+                if call.type != "function":
+                    self.doubtful = True
             if self.doubtful or not call.id or call.id in ids or not _is_allowed(self.offered.get(name), arguments):
                 self.doubtful = True
             ids.add(call.id)
             plain_calls.append((name, arguments))
-        self.known |= ids
+            self.calls.append(name)
+        self.known = self.known | ids
         self.waiting = ids
         return quotes
+
+
+_NO_IDS: set[str] = set()
 
 
 def _is_allowed(tool: tools.Tool | None, text: str) -> bool:

@@ -13,7 +13,8 @@ import xxhash
 from tunewright.datasets.row_facts import Facts, Shape
 
 _hash = xxhash.xxh3_64_intdigest
-_ANSWER_BITS = _MOST = 0xFFFF_FFFF
+_short_hash = xxhash.xxh32_intdigest
+_MOST = 0xFFFF_FFFF
 _MIX = 0x9E37_79B9_7F4A_7C15
 _FEW = 20_000
 """Up to so many lines plain Python does the looking: numpy need not be loaded for a small file."""
@@ -49,12 +50,9 @@ class Fingerprints:
         """Rows of nothing but contents, all trained on, of which the last is an answer."""
         self.rows.extend(rows)
         self.lengths.extend(lengths)
-        prompts, answers, encode = self.prompts.append, self.answers.append, str.encode
-        for shape, contents in zip(shapes, texts, strict=True):
-            answer = contents.pop()
-            prompts(_hash(encode("\0".join((shape.code, "", "", *contents)))) or 1)
-            answers(_hash(encode(answer)) & _ANSWER_BITS)
-            contents.append(answer)
+        prompts = ["\0".join((shape.head, *contents[:-1])) for shape, contents in zip(shapes, texts, strict=True)]
+        self.prompts.extend(map(_hash, map(str.encode, prompts)))
+        self.answers.extend(map(_short_hash, map(str.encode, [contents[-1] for contents in texts])))
 
     def write(self, stream: BinaryIO) -> None:
         """The raw numbers; `read` takes them back, on the same machine."""
@@ -72,16 +70,15 @@ class Fingerprints:
 
 def row_key(line: bytes) -> int:
     """The number of a line's bytes, without its newline."""
-    return _hash(line) or 1
+    return _hash(line)
 
 
 def keys_of(facts: Facts) -> tuple[int, int]:
     """The numbers of a row's prompt and answer."""
-    shape = facts.shape
-    last = len(facts.texts) if facts.pair else shape.last
-    head = f"{shape.code[: last + 1]}\0{facts.tools}\0{facts.pair}"
-    prompt = _hash("\0".join((head, *facts.texts[:last])).encode()) or 1
-    return prompt, _hash(facts.answer.encode()) & _ANSWER_BITS
+    shape, texts = facts.shape, facts.texts
+    last = len(texts) if facts.pair else shape.last
+    head = f"{shape.code}\0{facts.tools}\0{facts.pair}" if facts.tools or facts.pair else shape.head
+    return _hash("\0".join((head, *texts[:last])).encode()), _short_hash(facts.answer.encode())
 
 
 def _view(numbers: "array[int]") -> Any:

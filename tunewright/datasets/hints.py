@@ -25,6 +25,9 @@ _SECRET = re.compile(
     r"|(?<![A-Za-z0-9])(?:sk-[A-Za-z0-9_-]{20}|AKIA[0-9A-Z]{16}|gh[pousr]_[A-Za-z0-9]{36}|github_pat_[A-Za-z0-9_]{22}"
     r"|xox[abprs]-[A-Za-z0-9-]{10}|AIza[A-Za-z0-9_-]{35}|hf_[A-Za-z0-9]{30}|[0-9a-f]{32}\.[A-Za-z0-9]{16})"
 )
+# In all of them, and far more quickly found.
+_SECRET_PARTS = ("sk-", "AKIA", "_", "xox", "AIza", "PRIVATE KEY-")
+_HEXADECIMAL = re.compile("[0-9a-f]{32}")
 _PERSONAL = {
     personal_data.EMAIL: mark(
         "line {line}, {field} seems to hold personal data (an e-mail address); keep it only with consent"
@@ -43,8 +46,12 @@ _PERSONAL = {
 
 def look(row: Row, data: bytes, value: object) -> None:
     """Warn about the texts of one row; `data` is its raw line, `value` what it holds."""
-    if not may_need_look(data):
-        return
+    if may_need_look(data):
+        look_closely(row, data, value)
+
+
+def look_closely(row: Row, data: bytes, value: object) -> None:
+    """The same for a line that is known to need it."""
     plain = data.isascii() and b"\x7f" not in data and not any(escape in data for escape in (b"\\u", b"\\b", b"\\f"))
     for path, text in _texts(value):
         if ("<" in text or "[" in text) and (found := _SPECIAL.search(text)):
@@ -53,7 +60,7 @@ def look(row: Row, data: bytes, value: object) -> None:
         if not plain and (found := _INVISIBLE.search(text)):
             sentence = mark("line {line}, {field} holds an invisible or control character ({found})")
             row.warn("invisible_character", sentence, path, found=f"U+{ord(found[0][0]):04X}")
-        if _SECRET.search(text):
+        if (any(part in text for part in _SECRET_PARTS) or _HEXADECIMAL.search(text)) and _SECRET.search(text):
             sentence = mark("line {line}, {field} seems to hold a secret (a key or token)")
             row.warn("possible_secret", sentence, path)
         if kind := personal_data.kind_in(text):

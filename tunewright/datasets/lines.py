@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple
 
 _SKIP_BYTES = 1 << 20
-BLOCK_BYTES = 1 << 16
-"""Small enough that a block and what is made of it stay in the processor's cache: larger blocks decode slower."""
+BLOCK_BYTES = 1 << 17
+"""Small enough that a block and what is made of it stay in the processor's cache, large enough for numpy to pay."""
 
 
 class Line(NamedTuple):

@@ -49,6 +49,7 @@ _NUMBER = re.compile(
     + r"|(?P<run>[0-9]{15,19}|[0-9]{17}[xX]))"
     + _AFTER
 )
+_FOUR_DIGITS = re.compile("[0-9]{4}")  # in all of them, and quickly found
 _MOBILE = re.compile(r"1(?:3[0-9]|4[5-9]|5[0-35-9]|6[2567]|7[0-8]|8[0-9]|9[0-35-9])[0-9]{8}")
 _RESIDENT = re.compile(r"[1-9][0-9]{5}(?:19|20)[0-9]{2}(?:0[1-9]|1[0-2])(?:0[1-9]|[12][0-9]|3[01])[0-9]{3}[0-9Xx]")
 _RESIDENT_WEIGHTS = (7, 9, 10, 5, 8, 4, 2, 1, 6, 3, 7, 9, 10, 5, 8, 4, 2)
@@ -64,7 +65,7 @@ def kind_in(text: str) -> str | None:
         for found in _EMAIL.finditer(text):
             if _is_someones(text, found):
                 return EMAIL
-    for found in _NUMBER.finditer(text):
+    for found in _NUMBER.finditer(text) if _FOUR_DIGITS.search(text) else ():
         if kind := _kind_of_number(found):
             return kind
     return None

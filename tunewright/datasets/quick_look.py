@@ -48,9 +48,9 @@ def may_need_look(data: bytes) -> bool:
     Ordinary texts in Chinese and English answer False.
     """
     if len(data) >= _BLOCK_BYTES:
-        from tunewright.datasets import block_look  # it builds upon the patterns here
+        from tunewright.datasets.block_look import BlockLook  # it builds upon the patterns here
 
-        return bool(block_look.suspects(data))
+        return bool(BlockLook().suspects(data))
     anchored = (
         *((b"<", SPECIAL), (b"[", BRACKETED), (b"-", DASHED), (b"_", UNDERSCORED)),
         *((b"K", ACCESS_KEY), (b"z", API_KEY), (b"@", EMAIL), (b"\\", ESCAPE)),

@@ -24,7 +24,7 @@ _ROLES = (("s", "system"), ("u", "user"), ("ac", "assistant"), ("t", "tool"))
 class Shape:
     """What the roles of a row say: the same for all rows with these roles."""
 
-    __slots__ = ("answers", "code", "has_system", "last", "regular", "roles", "single", "size", "turns")
+    __slots__ = ("answers", "code", "has_system", "head", "last", "regular", "roles", "single", "size", "turns")
 
     def __init__(self, code: str) -> None:
         """`code` has a letter for each message: s, u, a, c (an assistant with calls), t."""
@@ -36,6 +36,8 @@ class Shape:
         self.turns = sum(before != "u" and letter == "u" for before, letter in starts)  # "uu" is one turn
         self.answers = [i for i, letter in enumerate(code) if letter in "ac"]
         self.last = self.answers[-1] if self.answers else -1
+        self.head = f"{code}\0\0"
+        """Of a row without tools, for its number (`fingerprints.py`)."""
         self.single = len(self.answers) == 1
         self.regular = _is_regular(code)
 
@@ -88,6 +90,21 @@ class Facts(msgspec.Struct, gc=False):
     """Preference rows: both answers in an order of their own, so that rows that differ only in which is preferred agree."""
 
 
+def answer_text(
+    content: str, calls: list[tuple[str, str]], reasoning: str | None, *, trained: bool, images: str = ""
+) -> tuple[str, int]:
+    """(all that an assistant's message holds, as one text; its characters). `calls` are names and arguments."""
+    size = len(content)
+    content += images
+    for name, arguments in calls:
+        size += len(name) + len(arguments)
+        content = f"{content}{_CALL}{name}\0{arguments}"
+    if reasoning:
+        size += len(reasoning)
+        content = f"{content}{_REASONING}{reasoning}"
+    return content if trained else content + _UNTRAINED, size
+
+
 class Texts:
     """Goes over the messages of a row and collects what `Facts` need."""
 
@@ -120,25 +137,14 @@ class Texts:
         images: str = "",
     ) -> None:
         """An assistant's message; `calls` are names and arguments, `images` as of `add_message`."""
-        size = len(content)
-        content += images
-        if calls:
-            for name, arguments in calls:
-                size += len(name) + len(arguments)
-                content = f"{content}{_CALL}{name}\0{arguments}"
-                self.calls.append(name)
-        if reasoning:
-            self.reasoning = True
-            size += len(reasoning)
-            content = f"{content}{_REASONING}{reasoning}"
-        if weights:
-            self.weights = True
+        text, size = answer_text(content, calls, reasoning, trained=trained, images=images)
+        self.calls += [name for name, _ in calls]
+        self.reasoning |= bool(reasoning)
+        self.weights |= weights
         if trained:
             self.trained += size
-        else:
-            content += _UNTRAINED
         self.letters.append("c" if calls else "a")
-        self.texts.append(content)
+        self.texts.append(text)
         self.characters += size
 
     def facts(self, kind: str, tools: str) -> Facts:

@@ -6,7 +6,8 @@ from typing import BinaryIO, Protocol
 
 import msgspec
 
-from tunewright.datasets import block_look, fast_rows, fingerprints, hints
+from tunewright.datasets import fast_rows, fingerprints, hints
+from tunewright.datasets.block_look import BlockLook
 from tunewright.datasets.block_marks import BlockMarks
 from tunewright.datasets.line_check import check_line, without_return
 from tunewright.datasets.lines import Block, read_blocks
@@ -76,6 +77,7 @@ class Scan:
         self.fingerprints = fingerprints.Fingerprints()
         self._compare = depth.compare and self.training
         self._marks = BlockMarks()
+        self._look = BlockLook()
         self._not_plain = 0
 
     def read(self, stream: BinaryIO, end: int, progress: Progress | None = None) -> None:
@@ -104,7 +106,7 @@ class Scan:
         for line in lines:
             if not self._room():
                 return
-            self._read_line(line, offset, None)
+            self._read_line(line, offset)
             offset += len(line) + 1
 
     def _room(self) -> bool:
@@ -147,19 +149,20 @@ class Scan:
         found = fast_rows.rich_rows(data, len(marks.ends), marks.quotes)
         if found is None:
             return False
-        for i in odd:
-            found[i] = None
         clean: list[tuple[bytes, Facts]] = []
         start = 0
-        for end, facts in zip(marks.ends, found, strict=True):
+        for i, (end, facts) in enumerate(zip(marks.ends, found, strict=True)):
             if facts is not None and agreed_kind(self.kind, facts.kind):
                 self.kind = agreed_kind(self.kind, facts.kind)
-                clean.append((data[start:end], facts))
+                line = data[start:end]
+                clean.append((line, facts))
+                if i in odd:
+                    self._look_closely(line, offset + start, self.lines + len(clean))
             else:
                 self._take_facts(clean)
                 clean = []
                 self.lines += 1
-                self._read_line(data[start:end], offset + start, facts, doubted=True)
+                self._read_line(data[start:end], offset + start, doubted=True)
             start = end + 1
         self._take_facts(clean)
         return True
@@ -171,7 +174,7 @@ class Scan:
         """Indices of the lines whose texts are worth a look, rising."""
         if not self.depth.texts:
             return []
-        return sorted({bisect_left(ends, place) for place in block_look.suspects(data)})
+        return sorted({bisect_left(ends, place) for place in self._look.suspects(data)})
 
     def _take_plain(
         self, data: bytes, offset: int, ends: list[int], plain: fast_rows.PlainRows, odd: list[int]
@@ -186,23 +189,19 @@ class Scan:
                 self.statistics.characters += sum(map(len, plain.contents))
             return
         rows = _PlainColumns(data, ends, plain)
-        done = 0
         for i in odd:
-            self._take_columns(rows, done, i)
-            self.lines += 1
-            self._read_line(rows.line(i), offset + rows.starts[i], None, doubted=True)
-            done = i + 1
-        self._take_columns(rows, done, len(ends))
+            self._look_closely(rows.line(i), offset + rows.starts[i], self.lines + 1 + i)
+        self._take_columns(rows)
 
-    def _take_columns(self, rows: "_PlainColumns", first: int, last: int) -> None:
-        """Count and compare the rows from `first` up to but without `last`."""
-        if first == last:
-            return
-        self.lines += last - first
-        self.rows += last - first
-        part = slice(first, last)
-        shapes, texts, sizes = rows.shapes[part], rows.texts[part], rows.sizes[part]
-        keys = [fingerprints.row_key(rows.line(i)) for i in range(first, last)]
+    def _look_closely(self, line: bytes, offset: int, number: int) -> None:
+        """Warn of the texts of a row that is beyond doubt otherwise."""
+        hints.look_closely(Row(self.reporter, number, offset), line, msgspec.json.decode(line))
+
+    def _take_columns(self, rows: "_PlainColumns") -> None:
+        """Count and compare the rows."""
+        shapes, texts, sizes, keys = rows.shapes, rows.texts, rows.sizes, rows.keys
+        self.lines += len(keys)
+        self.rows += len(keys)
         self.fingerprints.add_plain(keys, shapes, texts, sizes)
         if not self.depth.statistics:
             return
@@ -224,8 +223,8 @@ class Scan:
 
     # --- single lines ------------------------------------------------------------------------------------------------
 
-    def _read_line(self, data: bytes, offset: int, facts: Facts | None, *, doubted: bool = False) -> None:
-        """One line: `facts` if it was read already, `doubted` if only the exact check can help otherwise."""
+    def _read_line(self, data: bytes, offset: int, *, doubted: bool = False) -> None:
+        """One line; `doubted` if only the exact check can help."""
         row = Row(self.reporter, self.lines, offset)
         length = len(data) + 1
         if len(data) > self.limits.max_line_bytes:
@@ -234,8 +233,9 @@ class Scan:
             self._note(0, 0, 0, length)
             return
         errors = self.reporter.errors
+        facts: Facts | None = None
         sound = True
-        if facts is None and self.training and not doubted and not self._look_needed(data):
+        if self.training and not doubted and not self._look_needed(data):
             facts = fast_rows.one_row(data.removesuffix(b"\r"))
             if facts is not None:
                 data = without_return(row, data)
@@ -312,7 +312,7 @@ class Scan:
 
 
 class _PlainColumns:
-    """A block of plain rows, with the contents of each row by themselves."""
+    """A block of plain rows, with the contents and the number of each row."""
 
     def __init__(self, data: bytes, ends: list[int], plain: fast_rows.PlainRows) -> None:
         self.data = data
@@ -320,6 +320,7 @@ class _PlainColumns:
         self.shapes = plain.shapes
         self.starts = [0, *(end + 1 for end in ends[:-1])]
         self.sizes = [end + 1 - start for start, end in zip(self.starts, ends, strict=True)]
+        self.keys = [fingerprints.row_key(data[start:end]) for start, end in zip(self.starts, ends, strict=True)]
         self.texts: list[list[str]] = []
         at = 0
         for shape in plain.shapes:
