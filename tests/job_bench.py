@@ -19,6 +19,7 @@ from tunewright.errors import TunewrightError
 from tunewright.files_on_disk import sha256_of
 from tunewright.ids import new_id
 from tunewright.jobs.controller import JobController
+from tunewright.jobs.ports import OnEnd, nothing_at_end
 from tunewright.jobs.records import TERMINAL, Job, JobEvent
 from tunewright.jobs.service import CreateJob, JobService
 from tunewright.jobs.spec import TrainerProcess
@@ -96,6 +97,7 @@ class Bench:
         self.jobs = JobService(self.storage, catalogue, self.models, self.home, self.settings)
         self.prover = Prover(self.home.adapters)
         self.runners: list[LocalRunner] = []
+        self.on_end: OnEnd = nothing_at_end
         self.controller = self.new_controller()
         with self.storage.write() as tx:
             if tx.projects.get(PROJECT) is None:
@@ -115,6 +117,7 @@ class Bench:
             self.prover,
             trainer_module=TRAINER,
             lease_holder=lease_holder,
+            on_end=self.on_end,
         )
 
     def upload(self, rows: int = 3, purpose: str = "fine-tune", kind: str | None = "chat", **orders: Any) -> str:

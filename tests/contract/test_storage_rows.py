@@ -6,8 +6,10 @@ import pytest
 from tests.contract.rows import (
     NOON,
     api_key,
+    channel,
     checkpoint,
     dated_id,
+    delivery,
     event,
     file,
     job,
@@ -415,6 +417,39 @@ def test_what_the_sweep_may_remove(storage: Storage, ours: Project, theirs: Proj
         assert sorted(tx.models.gone(asked)) == sorted([*over, ready[1].id])
         assert tx.models.gone(asked[:1]) == tx.models.gone([]) == []
         assert tx.jobs.deleted([each.id for each in going] + [removed.id, "unknown"]) == [removed.id]
+
+
+def test_the_outbox(storage: Storage, ours: Project, theirs: Project) -> None:
+    mine, quiet, other = channel(ours.id), channel(ours.id, status="disabled"), channel(theirs.id)
+    late = delivery(mine, next_at=NOON + 5)
+    early = delivery(mine, next_at=NOON + 1, data={"点": ["中文", None, 1.5]}, metered=False)
+    over = delivery(mine, next_at=NOON, status="delivered")
+    others = delivery(other, next_at=NOON - 1)
+    with storage.write() as tx:
+        for each in (mine, quiet, other):
+            tx.channels.insert(each)
+        for each in (late, early, over, others):
+            tx.deliveries.insert(each)
+    with storage.read() as tx:
+        assert tx.channels.get(ours.id, mine.id) == mine
+        assert {each.id for each in tx.channels.list(ours.id)} == {mine.id, quiet.id}
+        assert tx.channels.enabled(ours.id) == [mine]
+        assert tx.deliveries.due_channels(NOON + 1) == [(theirs.id, other.id), (ours.id, mine.id)]
+        assert tx.deliveries.due_channels(NOON) == [(theirs.id, other.id)]
+        assert tx.deliveries.next_due(ours.id, mine.id, NOON + 9) == early
+        assert tx.deliveries.next_due(ours.id, mine.id, NOON) is None
+        assert tx.deliveries.metered_since(ours.id, NOON + 1) == 2 * 2 * 3
+        assert tx.deliveries.metered_since(ours.id, NOON + 2) == 0
+        assert len(tx.deliveries.list(ours.id, mine.id, after=None, limit=9)) == 3
+    with storage.write() as tx:
+        claimed = tx.deliveries.change(early, attempts=3, next_at=NOON + 60)
+        assert claimed is not None and tx.deliveries.change(early, attempts=3) is None, "whoever is first has it"
+        assert tx.deliveries.give_up(ours.id, mine.id, status="given_up", error="x") == 2
+        assert tx.deliveries.change(claimed, status="delivered") is None, "it was ended meanwhile"
+        assert tx.deliveries.forget_before(NOON) == 0 and tx.deliveries.forget_before(NOON + 1) == 3
+        assert tx.deliveries.due_channels(NOON + 99) == [(theirs.id, other.id)]
+        assert tx.channels.delete(theirs.id, other.id) and not tx.channels.delete(theirs.id, other.id)
+        assert tx.deliveries.due_channels(NOON + 99) == []
 
 
 def test_idempotency_rows(storage: Storage, ours: Project) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from tests.webhook_world import until
 from tunewright.errors import InvalidRequest
 from tunewright.notifications import apprise_sender
 from tunewright.notifications.apprise_process import SCHEMAS, public_service
@@ -80,6 +81,19 @@ def test_every_service_on_the_list_exists_and_has_an_address_of_its_own() -> Non
     templates: dict[str, list[str]] = json.loads(done.stdout)
     assert set(templates) >= SCHEMAS and len(templates) > 150
     assert {name for name in SCHEMAS if any("{host}" in each for each in templates[name])} == HOST_IS_NO_HOST
+
+
+def test_what_is_being_sent_ends_with_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
+    sender = AppriseSender("tests.sleeping_child")
+    outcomes: list[Outcome] = []
+    sending = threading.Thread(target=lambda: outcomes.append(sender.send("slack://x", "t", "b")))
+    sending.start()
+    until(lambda: sender._running)
+    sender.stop()
+    sending.join(10)
+    assert outcomes == [Outcome("timeout")]
+    assert sender.send("slack://x", "t", "b") == Outcome("timeout"), "nothing is begun any more"
 
 
 @pytest.fixture

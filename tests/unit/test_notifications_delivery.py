@@ -29,6 +29,9 @@ class Services:
     def check(self, url: str) -> tuple[str, int]:
         return f"{url.partition(':')[0]}://***", self.recipients
 
+    def stop(self) -> None:
+        pass
+
     def send(self, url: str, title: str, body: str) -> Outcome:
         self.sent.append((url, title, body))
         return Outcome(self.error)
@@ -228,6 +231,15 @@ def test_a_service_that_is_down_changes_no_job_and_counts_its_tries(world: Notif
     assert (waiting.status, waiting.error) == ("pending", "daily_limit")
     with world.storage.read() as tx:
         assert tx.jobs.get(world.project.id, job.id) == job
+
+
+def test_tests_are_few(world: NotificationWorld, receiver: Receiver) -> None:
+    channel, _ = world.webhook()
+    for _ in range(10):
+        world.service.test(world.project.id, channel.id)
+    with pytest.raises(RateLimited, match="too_many_tests"):
+        world.service.test(world.project.id, channel.id)
+    assert len(receiver.got) == 10
 
 
 def test_channels_are_few_and_keep_their_kind(world: NotificationWorld) -> None:

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import threading
 import unicodedata
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
@@ -17,6 +18,8 @@ from tunewright.settings import worker_environment
 MAX_URL_LENGTH = 2048
 MOST_RECIPIENTS = 10
 _START_LIMIT_S = 20.0
+_PROCESSES = 12
+"""At work at the same time; each takes some 60 MB."""
 _FILE_OPTIONS = ("pgp", "keyfile", "subfile", "template", "attach", "file")
 """Options of addresses whose values name files of this machine begin like these."""
 
@@ -26,6 +29,17 @@ class AppriseSender:
 
     def __init__(self, module: str = "tunewright.notifications.apprise_process") -> None:
         self._module = module
+        self._places = threading.BoundedSemaphore(_PROCESSES)
+        self._lock = threading.Lock()
+        self._running: set[subprocess.Popen[bytes]] = set()
+        self._stopped = False
+
+    def stop(self) -> None:
+        """End what is being sent, and send nothing more: the tries count as failed."""
+        with self._lock:
+            self._stopped = True
+            for process in self._running:
+                process.kill()
 
     def check(self, url: str) -> tuple[str, int]:
         """What may be shown of an address, and how many people it names. Nothing is sent.
@@ -58,19 +72,31 @@ class AppriseSender:
     def _run(self, order: Order) -> Answer | None:
         """None if it did not end in time, or not by itself."""
         try:
-            done = subprocess.run(
+            with self._places, self._started() as process:
+                try:
+                    out, _ = process.communicate(msgspec.json.encode(order), _START_LIMIT_S + SEND_LIMIT_S)
+                finally:
+                    process.kill()
+                    with self._lock:
+                        self._running.discard(process)
+            return msgspec.json.decode(out, type=Answer)
+        except (subprocess.TimeoutExpired, OSError, msgspec.DecodeError):
+            return None
+
+    def _started(self) -> subprocess.Popen[bytes]:
+        with self._lock:
+            if self._stopped:
+                raise InterruptedError
+            process = subprocess.Popen(
                 [sys.executable, "-m", self._module],
-                input=msgspec.json.encode(order),
+                stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
                 env=worker_environment(),
-                timeout=_START_LIMIT_S + SEND_LIMIT_S,
-                check=False,
                 start_new_session=True,
             )
-            return msgspec.json.decode(done.stdout, type=Answer)
-        except (subprocess.TimeoutExpired, OSError, msgspec.DecodeError):
-            return None
+            self._running.add(process)
+            return process
 
 
 def _check_text(url: str) -> str:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger()
 
-THREADS = 32
+THREADS = 24
 MOST_OF_A_PROJECT = 8
 """Tries of one project at the same time, so that its slow receivers leave room for others'."""
 KEPT_S = 30 * 24 * 3600
@@ -48,8 +48,10 @@ class Deliverer:
         self._thread.start()
 
     def stop(self) -> None:
-        """Begin no more tries and wait for those under way, at most about 10 s: what they do not store is tried again."""
+        """Begin no more tries, end messages being sent and wait for webhooks under way, at most about 10 s. What is not
+        stored as delivered is tried again."""
         self._stopping.set()
+        self._sending.services.stop()
         self._woken.set()
         if self._thread is not None:
             self._thread.join(5.0)

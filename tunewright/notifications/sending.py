@@ -33,7 +33,7 @@ FIRST_BACK_OFF_S = 5
 LONGEST_BACK_OFF_S = 3600
 GIVEN_UP_AFTER_S = 24 * 3600
 DISABLED_AFTER_S = 3 * 24 * 3600
-CLAIM_S = 60
+CLAIM_S = 120
 """When somebody else tries again if whoever claimed a delivery has died. Longer than any try."""
 DAY_S = 24 * 3600
 _CAP_PAUSE_S = 900

@@ -2,6 +2,8 @@
 
 import builtins
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -32,6 +34,8 @@ MOST_CHANNELS = 20
 ROTATION_S = 24 * 3600
 """How long an old signing secret goes on being used beside the new one."""
 _TESTS_AT_ONCE = 4
+_TESTS_A_MINUTE = 10
+"""Of one channel: nobody needs more, and the receiver may be somebody else's."""
 
 
 class NewChannel(msgspec.Struct, frozen=True, kw_only=True):
@@ -56,7 +60,7 @@ class NotificationService:
         """The channel and, for a webhook, its signing secret, which is never shown again.
 
         Raises InvalidRequest (`invalid_url`, `url_not_allowed`, `too_many_recipients`, `invalid_value`),
-        Conflict (`too_many_channels`).
+        Conflict (`too_many_channels`), RateLimited (`notification_busy`).
         """
         events = _known_events(wanted.events)
         kind, shown, recipients = self._looked_at(wanted.url)
@@ -148,21 +152,18 @@ class NotificationService:
     def test(self, project_id: str, channel_id: str) -> Delivery:
         """Send a test message now and say how that went; a channel that is disabled is tried too.
 
-        Takes as long as the receiver does. Raises NotFound, RateLimited (`daily_limit`, `notification_busy`).
+        Takes as long as the receiver does. Raises NotFound, RateLimited (`daily_limit`, `too_many_tests`, `notification_busy`).
         """
-        if not self._tests.acquire(blocking=False):
-            raise RateLimited("notification_busy", mark("Too many tests at once; try again"))
-        try:
+        with self._place():
             with self._storage.write() as tx:
                 channel = _known(tx, project_id, channel_id)
+                _refuse_too_many_tests(tx.deliveries.list(project_id, channel_id, after=None, limit=_TESTS_A_MINUTE))
                 delivery = _test_delivery(channel)
                 if delivery.metered and self._sending.over_limit(tx, delivery):
                     sentence = mark("The project has used up what it may send in a day")
                     raise RateLimited("daily_limit", sentence, retry_after_s=3600)
                 tx.deliveries.insert(delivery)
             return self._sending.send(channel, delivery)
-        finally:
-            self._tests.release()
 
     def deliveries(
         self, project_id: str, channel_id: str, *, after: str | None, limit: int
@@ -177,7 +178,18 @@ class NotificationService:
         """Kind, what may be shown, and number of recipients of an address."""
         if url.partition("://")[0].lower() in ("http", "https") or "://" not in url:
             return WEBHOOK, check_address(self._sending.webhooks.egress, url), 1
-        return (APPRISE, *self._sending.services.check(url))
+        with self._place():
+            return (APPRISE, *self._sending.services.check(url))
+
+    @contextmanager
+    def _place(self) -> Iterator[None]:
+        """One of the few places for requests that wait for others."""
+        if not self._tests.acquire(blocking=False):
+            raise RateLimited("notification_busy", mark("Too many addresses are looked at or tested now; try again"))
+        try:
+            yield
+        finally:
+            self._tests.release()
 
 
 def _known(tx: "Transaction", project_id: str, channel_id: str) -> Channel:
@@ -189,6 +201,13 @@ def _known(tx: "Transaction", project_id: str, channel_id: str) -> Channel:
 
 def _not_found() -> TunewrightError:
     return NotFound("channel_not_found", mark("There is no such notification channel"), param="channel_id")
+
+
+def _refuse_too_many_tests(newest: list[Delivery]) -> None:
+    lately = [each for each in newest if each.type == TEST_TYPE and each.created_at > wall_s() - 60]
+    if len(lately) >= _TESTS_A_MINUTE:
+        sentence = mark("The channel was tested {count} times in a minute; wait a little")
+        raise RateLimited("too_many_tests", sentence, retry_after_s=60, count=len(lately))
 
 
 def _known_events(events: tuple[str, ...] | list[str]) -> tuple[str, ...]:

@@ -34,5 +34,5 @@ def title_and_body(delivery: Delivery, language: str) -> tuple[str, str]:
 def _cause(error: dict[str, Any], language: str) -> str:
     try:
         return translate(error["message"], language, **error["values"])
-    except (LookupError, ValueError):  # a sentence with a place that these values can't fill
+    except (LookupError, ValueError, TypeError):  # a sentence with a place that these values can't fill
         return error["code"]
