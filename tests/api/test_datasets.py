@@ -199,7 +199,7 @@ async def _look_at_odd_lines(client: httpx.AsyncClient) -> None:
     assert [each["line"] for each in found] == [1, 2, 3, 4, 5, 6]
     assert [each["row"] is None for each in found] == [False, False, True, False, True, False]
     assert found[2]["text"] == "{not json}" and found[4]["text"] is None
-    codes = [[problem["code"] for problem in each.get("problems", [])] for each in found]
+    codes = [[problem["code"] for problem in each["problems"]] for each in found]
     assert codes == [[], ["invalid_role"], ["invalid_json"], [], ["line_too_long"], []]
     only, _ = await all_rows(client, file_id, problems="only", limit=2)
     assert only == [found[1], found[2], found[4]]

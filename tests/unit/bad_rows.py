@@ -320,5 +320,8 @@ CASES = [
          "unknown_field", "none"),
     Case("batch line", b'{"custom_id": "1", "body": {}}\n[]\n', "line_not_object", line=2, purpose="batch"),
     Case("batch needs no messages", b'{"custom_id": "1"}\n', "missing_field", "none", purpose="batch"),
+    Case("functions announced, and none", file(GOOD), "purpose_mismatch", "warning", purpose="fine-tune-function-calling"),
+    Case("functions announced, and some", function(USER, call(), reply(), ASSISTANT) + file(GOOD), "purpose_mismatch", "none",
+         purpose="fine-tune-function-calling"),
     Case("purpose of another kind", file(GOOD), "purpose_mismatch", "warning", purpose="fine-tune-vision-cogvlm"),
 ]  # fmt: skip

@@ -12,7 +12,7 @@ from typing import Any
 
 from tunewright.datasets import documents, fingerprints
 from tunewright.datasets.fingerprints import Again, Known
-from tunewright.datasets.messages import IMAGE_GENERATION, IMAGE_UNDERSTANDING
+from tunewright.datasets.messages import FUNCTION, IMAGE_GENERATION, IMAGE_UNDERSTANDING
 from tunewright.datasets.parts import read_in_parts, run_in_child
 from tunewright.datasets.records import FINE_TUNE_PURPOSES
 from tunewright.datasets.report import Patch, Report, Reporter
@@ -26,6 +26,7 @@ CHILD_FROM_BYTES = 4 << 20
 PARTS_FROM_BYTES = 32 << 20
 
 _PURPOSE_KIND = {
+    "fine-tune-function-calling": FUNCTION,
     "fine-tune-vision-cogview": IMAGE_GENERATION,
     "fine-tune-vision-cogvlm": IMAGE_UNDERSTANDING,
 }

@@ -245,8 +245,7 @@ def _row_object(row: ShownRow, language: str) -> dict[str, Any]:
     shown: dict[str, Any] = {"line": row.line, "row": None if row.data is None else msgspec.Raw(row.data)}
     if row.data is None:
         shown["text"] = row.text
-    if row.problems:
-        shown["problems"] = [problem_object(problem, language) for problem in row.problems]
+    shown["problems"] = [problem_object(problem, language) for problem in row.problems]
     return shown
 
 
