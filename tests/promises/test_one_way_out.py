@@ -8,12 +8,13 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 NETWORK = {
-    "aiohttp", "ftplib", "http", "httpcore", "httpx", "huggingface_hub", "requests", "smtplib", "socket", "urllib.request",
+    "aiohttp", "apprise", "ftplib", "http", "httpcore", "httpx", "huggingface_hub", "requests", "smtplib", "socket", "urllib.request",
     "urllib3", "websockets", "xmlrpc",
 }  # fmt: skip
 NETWORK_CALLS = {"create_connection", "open_connection", "sock_connect", "urlopen", "urlretrieve", "getaddrinfo"}
 MAY_DIAL = {
     "tunewright/egress.py": "what callers name",
+    "tunewright/notifications/apprise_process.py": "services of others, in a process that reaches public addresses only",
     "tunewright/cli.py": "listens; it dials nothing",
     "tunewright/deployments/worker_client.py": "our own workers on loopback",
     "tunewright/models/fetching.py": "what the operator names: a base of the hub",
