@@ -8,8 +8,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 NETWORK = {
-    "aiohttp", "apprise", "ftplib", "http", "httpcore", "httpx", "huggingface_hub", "requests", "smtplib", "socket", "urllib.request",
-    "urllib3", "websockets", "xmlrpc",
+    "aiohttp", "apprise", "ftplib", "http", "httpcore", "httpx", "huggingface_hub", "requests", "smtplib", "socket",
+    "urllib.request", "urllib3", "websockets", "xmlrpc",
 }  # fmt: skip
 NETWORK_CALLS = {"create_connection", "open_connection", "sock_connect", "urlopen", "urlretrieve", "getaddrinfo"}
 MAY_DIAL = {
