@@ -323,5 +323,7 @@ CASES = [
     Case("functions announced, and none", file(GOOD), "purpose_mismatch", "warning", purpose="fine-tune-function-calling"),
     Case("functions announced, and some", function(USER, call(), reply(), ASSISTANT) + file(GOOD), "purpose_mismatch", "none",
          purpose="fine-tune-function-calling"),
+    Case("an answer before both answers", preference(input={"messages": [USER, ASSISTANT]}), "roles_not_alternating", "warning",
+         1, "/input/messages"),
     Case("purpose of another kind", file(GOOD), "purpose_mismatch", "warning", purpose="fine-tune-vision-cogvlm"),
 ]  # fmt: skip

@@ -35,23 +35,28 @@ def check_row(row: Row, value: dict[str, Any]) -> None:
     else:
         holder, path = value, ()
         row.unknown_fields(value, _ANSWERS | _INPUT_FIELDS, ())
+    roles = None
     if "messages" not in holder:
         row.missing((*path, "messages"))
     else:
-        _check_input(row, holder, path)
+        roles = _check_input(row, holder, path)
     preferred = _check_answer(row, value, PREFERRED)
     other = _check_answer(row, value, NON_PREFERRED)
     if preferred is not None and preferred == other:
         sentence = mark("line {line}: the preferred and the other answer are the same, so {field} teaches nothing")
         row.error("preference_identical", sentence, (PREFERRED[0],))
+    if roles and roles[-1] == "assistant":
+        sentence = mark("line {line}, {field} ends with an assistant's message; the two answers should follow a user's")
+        row.warn("roles_not_alternating", sentence, (*path, "messages"))
 
 
-def _check_input(row: Row, holder: dict[str, Any], path: Path) -> None:
+def _check_input(row: Row, holder: dict[str, Any], path: Path) -> list[str] | None:
+    """The roles, or None if they can't be told."""
     place = (*path, "messages")
     offered = tools.check_tools(row, holder.get("tools"), (*path, "tools"))
     roles = check_messages(row, holder["messages"], place)
     if roles is None:
-        return
+        return None
     for i, role in enumerate(roles[1:], 1):
         if role == "system":
             sentence = mark("line {line}, {field} is system; only the first message may be")
@@ -60,6 +65,7 @@ def _check_input(row: Row, holder: dict[str, Any], path: Path) -> None:
     if roles == ["system"]:
         row.missing((*place, 1))
     tools.check_exchange(row, holder["messages"], offered, place)
+    return roles
 
 
 def _check_answer(row: Row, value: dict[str, Any], names: tuple[str, str]) -> object:

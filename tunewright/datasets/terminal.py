@@ -114,6 +114,8 @@ def print_report(
     print_statistics(console, shown["statistics"], language)
     if groups := shown["report"]["groups"]:
         console.print(_problem_table(groups, _places(report), language))
+    elif shown["statistics"]:
+        console.print()
     mendable = sum(group["patchable"] for group in groups)
     if report.ok:
         sentence = mark("The file can be used. Errors: 0, warnings: {warnings}.")
