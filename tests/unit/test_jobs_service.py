@@ -247,6 +247,36 @@ def test_bases_that_do_not_fit(bench: Bench) -> None:
     assert create(bench, model="rich", method="dpo", training_file=pairs).method == "dpo"
 
 
+def publish(bench: Bench, job: Job, **proof: Any) -> str:
+    """The job's model as if it were trained; its name."""
+    with bench.storage.write() as tx:
+        model = tx.models.get(PROJECT, job.tuned_model_id)
+        assert model is not None
+        bench.models.publish(
+            tx,
+            model,
+            adapter_path="a",
+            adapter_sha256="b",
+            renderer_hash="c",
+            checkpoint_step=1,
+            proof={"x": 1} | proof,
+        )
+    return model.name
+
+
+def test_only_adapters_are_continued_and_only_as_adapters(bench: Bench) -> None:
+    bench.bases.bases.append(
+        a_base(bench.home, "rich", methods=("lora", "full", "dpo"), row_kinds=("chat", "preference"))
+    )
+    adapter, whole = (publish(bench, create(bench, model="rich"), **proof) for proof in ({}, {"kind": "full"}))
+    assert refused_beside(bench, model=whole).code == "model_not_tunable"
+    error = refused_beside(bench, model=adapter, training_type="full")
+    assert (error.code, error.values["offered"]) == ("training_type_not_supported", "lora")
+    assert create(bench, model=adapter).model == adapter
+    pairs = bench.upload(kind="preference")
+    assert create(bench, model=adapter, method="dpo", training_file=pairs).method == "dpo"
+
+
 def test_another_projects_file_and_job_do_not_exist(bench: Bench) -> None:
     file_id, job = bench.upload(), create(bench)
     with pytest.raises(NotFound) as caught:

@@ -36,7 +36,7 @@ def test_built_in_entries_are_complete(catalogue: Catalogue) -> None:
     bases = {base.code: base for base in catalogue.all()}
     smol = bases["smollm2-135m"]
     assert (smol.licence, smol.context_tokens, smol.pool, smol.path) == ("Apache-2.0", 8192, True, None)
-    assert (smol.row_kinds, smol.methods) == (("chat", "function", "preference"), ("lora", "dpo"))
+    assert (smol.row_kinds, smol.methods) == (("chat", "function", "preference"), ("lora", "full", "dpo"))
     assert smol.source.sha256 is not None
     assert len(smol.source.sha256) == 64
     assert {base.source.kind for base in bases.values()} == {"package", "hub"}

@@ -25,7 +25,7 @@ from tunewright.deployments.ports import Done, Generate, TokenText
 from tunewright.errors import Conflict, InvalidRequest, RateLimited
 from tunewright.i18n import mark
 from tunewright.ids import new_id
-from tunewright.models.records import Base, TunedModel
+from tunewright.models.records import FULL, Base, TunedModel
 from tunewright.models.service import ModelService
 from tunewright.rendering.conversation import Conversation
 from tunewright.rendering.renderer import Renderer, renderer_of
@@ -114,7 +114,7 @@ class CompletionService:
     def _prepare(self, caller: Caller, request: ChatRequest) -> tuple[Base, TunedModel | None, Renderer, list[int]]:
         resolved = self._models.resolve(caller.project_id, request.model)
         base = resolved.base
-        if not base.pool:
+        if not base.pool or (resolved.tuned is not None and resolved.tuned.kind == FULL):
             raise InvalidRequest(
                 "model_not_served",
                 mark('"{model}" is not served from the shared pool; deploy a private instance of it.'),

@@ -19,13 +19,14 @@ import msgspec
 import structlog
 
 from tunewright.clock import mono_s
+from tunewright.deployments.full_models import FullOrder, prove_full
 from tunewright.deployments.ports import Done, Generate, Prove, TokenText, WorkerProcess, WorkerSpec
 from tunewright.deployments.worker_client import WorkerClient, WorkerGone, WorkerSlow
 from tunewright.errors import InvalidRequest, TunewrightError, Unavailable
 from tunewright.files_on_disk import write_atomically
 from tunewright.i18n import mark
 from tunewright.jobs.ports import Runner
-from tunewright.models.records import Base, TunedModel
+from tunewright.models.records import FULL, Base, TunedModel
 from tunewright.rendering.canary import canaries
 from tunewright.rendering.renderer import renderer_of
 from tunewright.settings import HomeFolder, Settings
@@ -94,7 +95,12 @@ class Pool:
         self._ready(base)
 
     def prove(self, base: Base, model: TunedModel) -> dict[str, Any]:
-        """Load the adapter of `model` into the pool and measure its effect on the canary prompts (see jobs/ports.py)."""
+        """Load the adapter of `model` into the pool and measure its effect on the canary prompts (see jobs/ports.py).
+
+        A model with weights of its own is loaded once for that, in a process of its own.
+        """
+        if model.kind == FULL:
+            return self._prove_full(base, model)
         worker = self.ensure(base)
         request = Prove(
             secret="",
@@ -110,6 +116,20 @@ class Pool:
         except WorkerGone:
             asyncio.run(self._ask(base.code, worker))
             raise _lost() from None
+        return msgspec.to_builtins(proof)
+
+    def _prove_full(self, base: Base, model: TunedModel) -> dict[str, Any]:
+        path = _path_of(base)
+        order = FullOrder(
+            base_path=str(path),
+            base_files=base.files,
+            model_path=str(self._home.adapters / (model.adapter_path or model.id)),
+            manifest_sha256=model.adapter_sha256 or "",
+            prompts=canaries(renderer_of(path)),
+            threads=self._settings.engine_threads,
+        )
+        limit_s = 2 * self._settings.engine_start_limit_s  # two models are loaded
+        proof = prove_full(self._runner, self._home.temporary / f"prove-{model.id}", order, limit_s, self._stopping)
         return msgspec.to_builtins(proof)
 
     def forget(self, model: TunedModel) -> None:

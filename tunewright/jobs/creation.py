@@ -11,7 +11,7 @@ from tunewright.datasets.records import FINE_TUNE_PURPOSES, File
 from tunewright.datasets.report import Report
 from tunewright.errors import Conflict, InvalidRequest, NotFound, quote
 from tunewright.i18n import mark
-from tunewright.models.records import Base
+from tunewright.models.records import Base, TunedModel
 
 SUPERVISED = "supervised"
 DPO = "dpo"
@@ -66,8 +66,9 @@ def check_text(value: Any, param: str) -> str:
     return value
 
 
-def check_method(base: Base, method: Any, training_type: Any) -> None:
-    """Raises InvalidRequest(`method_not_supported`, `training_type_not_supported`) for what `base` does not take."""
+def check_method(base: Base, method: Any, training_type: Any, tuned: TunedModel | None = None) -> None:
+    """Raises InvalidRequest(`method_not_supported`, `training_type_not_supported`) for what `base` does not take. Where a
+    job continues from `tuned`, its adapter goes on being trained and nothing else."""
     known = method in (SUPERVISED, DPO) and isinstance(method, str)
     if not known or (method == DPO and DPO not in base.methods):
         offered = [SUPERVISED, *(name for name in base.methods if name == DPO)]
@@ -79,14 +80,15 @@ def check_method(base: Base, method: Any, training_type: Any) -> None:
             model=base.code,
             offered=", ".join(offered),
         )
-    types = [name for name in base.methods if name == "lora" or (name != DPO and method != DPO)]
+    adapter_only = method == DPO or tuned is not None
+    types = [name for name in base.methods if name == "lora" or (name != DPO and not adapter_only)]
     if not isinstance(training_type, str) or training_type not in types:
         raise InvalidRequest(
             "training_type_not_supported",
             mark("The training type {training_type} is not supported for {model}. Supported: {offered}."),
             param="training_type",
             training_type=quote(training_type),
-            model=base.code,
+            model=base.code if tuned is None else tuned.name,
             offered=", ".join(types),
         )
 

@@ -246,7 +246,8 @@ class Moves:
         """A full disk says nothing about the job: it goes on from its last checkpoint when there is room again."""
         log.error("job_waits_for_room", job=job.id, code=failed.code, step=job.step)
         self._not_before_s[job.id] = mono_s() + _ROOM_DELAY_S
-        self._requeue(job, events.message(job, failed.code, failed.message, level="warn"))
+        values = {name: value for name, value in failed.values.items() if name != "level"}
+        self._requeue(job, events.message(job, failed.code, failed.message, level="warn", **values))
 
     def _finish(self, job: Job, finished: Finished) -> None:
         errand = self._errand(job, "prove", lambda: self._publication.prove(job, self._preparation.base(job), finished))

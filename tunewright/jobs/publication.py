@@ -19,8 +19,8 @@ from tunewright.jobs.journal_reader import first_record
 from tunewright.jobs.ports import OnEnd, Prover
 from tunewright.jobs.progress import all_events
 from tunewright.jobs.records import SUCCEEDED, Job
-from tunewright.jobs.spec import Finished
-from tunewright.models.records import Base, TunedModel
+from tunewright.jobs.spec import MANIFEST, Finished
+from tunewright.models.records import FULL, Base, TunedModel
 from tunewright.settings import HomeFolder
 
 if TYPE_CHECKING:
@@ -67,7 +67,8 @@ class Publication:
             self._home.adapters.mkdir(mode=0o700, exist_ok=True)
             publish_folder(work / "result", folder)
         started = first_record(work / f"journal-{job.attempt}.jsonl")
-        weights = folder / _ADAPTER
+        full = job.training_type == FULL
+        weights = folder / (MANIFEST if full else _ADAPTER)
         if started is None or not weights.is_file() or sha256_of(weights) != finished.adapter_sha256:
             raise InvalidRequest(
                 "adapter_invalid",
@@ -83,8 +84,9 @@ class Publication:
             adapter_sha256=finished.adapter_sha256,
             renderer_hash=started.renderer_hash,
             checkpoint_step=job.step,
+            proof={"kind": FULL} if full else {},
         )
-        return Proven(model, self._prover.prove(base, model))
+        return Proven(model, self._prover.prove(base, model) | model.proof)
 
     def commit(self, job: Job, finished: Finished, proven: Proven) -> Job | None:
         """One transaction: the model is ready, the metrics are a file, the job has succeeded. None if the job was
@@ -113,6 +115,10 @@ class Publication:
             )
             tx.files.insert(file)
             ready = mark("The model {model} is ready: {applied} of {tensors} adapter tensors applied")
+            if model.kind == FULL:
+                ready = mark(
+                    "The model {model} is ready: {applied} of {tensors} tensors changed it. To call it, deploy it"
+                )
             tx.jobs.add_events(
                 [
                     events.message(

@@ -30,7 +30,7 @@ from tunewright.jobs.records import (
     JobCheckpoint,
     JobEvent,
 )
-from tunewright.models.records import Base, TunedModel
+from tunewright.models.records import FULL, Base, TunedModel
 from tunewright.settings import HomeFolder, Settings
 
 if TYPE_CHECKING:
@@ -77,8 +77,8 @@ class JobService:
             earlier = _earlier(tx, project_id, request_id, idempotency)
         if earlier is not None:
             return earlier
-        base = self._tunable(project_id, creation.check_text(request.model, "model"))
-        creation.check_method(base, request.method, request.training_type)
+        base, tuned = self._tunable(project_id, creation.check_text(request.model, "model"))
+        creation.check_method(base, request.method, request.training_type, tuned)
         with self._storage.write() as tx:
             earlier = _earlier(tx, project_id, request_id, idempotency)
             if earlier is not None:  # a twin of this request came first
@@ -188,9 +188,10 @@ class JobService:
             found = tx.jobs.list(project_id, after=after, limit=limit + 1, metadata=metadata)
         return found[:limit], len(found) > limit
 
-    def _tunable(self, project_id: str, model: str) -> Base:
+    def _tunable(self, project_id: str, model: str) -> tuple[Base, TunedModel | None]:
+        """The base, and the tuned model to continue from."""
         try:
-            base = self._models.resolve(project_id, model).base
+            found = self._models.resolve(project_id, model)
         except NotFound:
             raise NotFound(
                 "base_not_found",
@@ -198,7 +199,8 @@ class JobService:
                 param="model",
                 model=quote(model),
             ) from None
-        if not base.methods:
+        base, tuned = found.base, found.tuned
+        if not base.methods or (tuned is not None and tuned.kind == FULL):
             raise InvalidRequest(
                 "model_not_tunable",
                 mark("The model {model} can't be fine-tuned. These can: {tunable}."),
@@ -206,7 +208,7 @@ class JobService:
                 model=quote(model),
                 tunable=", ".join(other.code for other in self._catalogue.all() if other.methods),
             )
-        return base
+        return base, tuned
 
     def _checked(
         self, tx: "Transaction", project_id: str, request: CreateJob, request_id: str | None, base: Base

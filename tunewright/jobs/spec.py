@@ -11,7 +11,8 @@
       data/train.jsonl ...  the rows, as the server put them
       data/skip.json        RowChoice, if some rows are not used
       checkpoints/step-{n}/ published by one rename, with MANIFEST.json (sha256 of each file)
-      result/               the adapter in PEFT's format, published by one rename before the `finished` record
+      result/               the adapter in PEFT's format, or of training type full a whole model with MANIFEST.json; published
+                            by one rename before the `finished` record
 
 A trainer never opens the database. SIGTERM asks it to stop at the next step: it then saves a checkpoint and writes `stopped`.
 """
@@ -19,6 +20,9 @@ A trainer never opens the database. SIGTERM asks it to stop at the next step: it
 from typing import Any
 
 import msgspec
+
+MANIFEST = "MANIFEST.json"
+"""Of a result that is a whole model: `files` is name -> sha256 of every other file."""
 
 
 class Hyperparameters(msgspec.Struct, frozen=True, kw_only=True):
@@ -150,7 +154,7 @@ class Finished(msgspec.Struct, frozen=True, kw_only=True, tag="finished"):
     trained_tokens: int
     final_loss: float | None
     adapter_sha256: str
-    """Of `result/adapter_model.safetensors`."""
+    """Of `result/adapter_model.safetensors`; of a whole model that of `result/MANIFEST.json`, which has those of the rest."""
 
 
 class Failed(msgspec.Struct, frozen=True, kw_only=True, tag="failed"):

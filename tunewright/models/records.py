@@ -47,6 +47,9 @@ class Base(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     path: Path | None = None
 
 
+LORA, FULL = "lora", "full"
+
+
 class TunedModel(msgspec.Struct, frozen=True, kw_only=True):
     """A model that a job made. `id` never leaves the product; `name` is what callers put in `model`.
 
@@ -67,3 +70,11 @@ class TunedModel(msgspec.Struct, frozen=True, kw_only=True):
     checkpoint_step: int | None = None
     proof: dict[str, Any] = {}
     deleted_at: int | None = None
+
+    @property
+    def kind(self) -> str:
+        """`lora`: an adapter, served from the pool of its base; `full`: weights of its own, which need a deployment.
+
+        Then `adapter_path` is a folder in Hugging Face layout and `adapter_sha256` is that of its MANIFEST.json.
+        """
+        return self.proof.get("kind", LORA)

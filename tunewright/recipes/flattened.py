@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 from transformers.modeling_utils import AttentionInterface
 
 from tunewright.errors import InvalidRequest
@@ -110,9 +111,24 @@ def label_losses(model: Any, flat: Flat, device: torch.device) -> tuple[torch.Te
         lengths=flat.lengths,
     ).last_hidden_state
     hidden_NC = hidden_1TC[0].index_select(0, torch.from_numpy(flat.predicts).to(device))
-    return _CrossEntropies.apply(
-        hidden_NC, model.get_output_embeddings().weight, torch.from_numpy(flat.labels).to(device)
-    )
+    head, labels = model.get_output_embeddings().weight, torch.from_numpy(flat.labels).to(device)
+    if head.requires_grad and torch.is_grad_enabled():
+        return _with_trained_head(hidden_NC, head, labels)
+    return _CrossEntropies.apply(hidden_NC, head, labels)
+
+
+def _with_trained_head(
+    hidden_NC: torch.Tensor, head_VC: torch.Tensor, labels_N: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same for a head that is trained. Logits are made again in the backward pass, so they never exist together either."""
+
+    def of_part(hidden: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        logits = (hidden @ head_VC.t()).float()
+        return functional.cross_entropy(logits, labels, reduction="none"), logits.argmax(-1) == labels
+
+    parts = zip(hidden_NC.split(_LABELS_AT_ONCE), labels_N.split(_LABELS_AT_ONCE), strict=True)
+    found = [checkpoint(of_part, *part, use_reentrant=False) for part in parts]
+    return torch.cat([losses for losses, _ in found]), torch.cat([right for _, right in found])
 
 
 @torch.no_grad()

@@ -80,7 +80,7 @@ def run(attempt: Attempt) -> JournalRecord:
 
 def _recipe(spec: TrainingSpec):
     """The function that trains `spec`; imports its libraries. Raises InvalidRequest(`unsupported_method`)."""
-    if (spec.method, spec.training_type) == ("supervised", "lora"):
+    if spec.method == "supervised" and spec.training_type in ("lora", "full"):
         from tunewright.recipes.text import train
 
         return train

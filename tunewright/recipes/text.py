@@ -1,4 +1,4 @@
-"""How a text model is trained: supervised LoRA, read from top to bottom. spec -> data -> model -> loop -> save.
+"""How a text model is trained: supervised LoRA or all weights, from top to bottom. spec -> data -> model -> loop -> save.
 
 - Loss on assistant tokens only: summed, and divided by the labels of the whole optimizer step however it is cut up.
 - Conversations laid end to end in micro-batches of at most `TOKEN_BUDGET` tokens (packing.py, flattened.py).
@@ -6,7 +6,6 @@
 - Everything random comes from the seed; a resumed training makes the same numbers as one that was never stopped.
 """
 
-import errno
 import math
 import shutil
 from collections import deque
@@ -26,9 +25,10 @@ from tunewright.clock import mono_s
 from tunewright.errors import InvalidRequest
 from tunewright.files_on_disk import publish_folder, sha256_of
 from tunewright.i18n import mark
-from tunewright.jobs.spec import Checkpoint, Finished, Metrics, Started
-from tunewright.recipes import adapters, checkpoints, flattened, job_rows, packing
+from tunewright.jobs.spec import MANIFEST, Checkpoint, Finished, Metrics, Started
+from tunewright.recipes import adapters, checkpoints, flattened, full_weights, job_rows, packing
 from tunewright.recipes.attempt import UNFINISHED_RESULT, Attempt, StopRequested
+from tunewright.recipes.memory import is_out_of_memory
 from tunewright.recipes.threads import choose_threads
 from tunewright.rendering.renderer import renderer_of
 
@@ -123,13 +123,18 @@ class Training:
         self.token_budget = TOKEN_BUDGET
 
         # model
+        full = self.spec.training_type == "full"
         kind, self.dtype = choose_numbers(torch.cuda.is_available(), torch.cuda.is_available() and _cuda_has_bf16())
+        if full:
+            self.dtype = torch.float32  # in bf16 small updates of large weights are lost
         self.device = torch.device(kind)
         self.model = load_model(Path(self.spec.base_path), self.dtype).to(self.device)
         attempt.go_on()
         self._prove_flattening()
-        self.lora = self._add_adapter()
-        self.parameters = adapters.adapter_parameters(self.model)
+        self.lora = None if full else self._add_adapter()
+        self.parameters = full_weights.train_all(self.model) if full else adapters.adapter_parameters(self.model)
+        if full:
+            full_weights.require_room(attempt.folder, self.parameters)
         self.optimizer = torch.optim.AdamW(
             self.parameters.values(),
             lr=self.wanted.learning_rate,
@@ -211,7 +216,7 @@ class Training:
             "threads": self.threads,
             "tokens": "cached" if self.rows.cached else "made",
             "trained_parameters": sum(parameter.numel() for parameter in self.parameters.values()),
-            "lora": asdict(self.lora),
+            "lora": None if self.lora is None else asdict(self.lora),
             "token_budget": self.token_budget,
             "optimizer": "AdamW, betas 0.9 and 0.999",
             "schedule": f"warm-up, then cosine to {FINAL_LEARNING_RATE} of the peak",
@@ -284,6 +289,9 @@ class Training:
 
     def _update(self, steps_done: int, loss: float) -> None:
         """Change the weights by the gradients that lie there. Raises InvalidRequest(`loss_not_finite`)."""
+        for parameter in self.parameters.values():
+            if parameter.grad is None:  # experts that no token chose: with moments of their own all the same
+                parameter.grad = torch.zeros_like(parameter)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), CLIP_NORM)
         if not (math.isfinite(loss) and math.isfinite(norm.item())):
             raise self._not_finite(steps_done + 1)
@@ -334,7 +342,10 @@ class Training:
         self._require_finite(progress.step)
 
         def write(folder: Path) -> None:
-            self._write_adapter(folder)
+            if self.lora is None:
+                full_weights.write_checkpoint(folder, self.parameters)
+            else:
+                self._write_adapter(folder, self.lora)
             moments = {
                 f"{moment}.{name}": self.optimizer.state[parameter][moment].cpu()
                 for name, parameter in self.parameters.items()
@@ -392,7 +403,8 @@ class Training:
         folder = checkpoints.newest_verified(self.spec, corrupt)
         if folder is None:
             return Progress()
-        adapters.load_adapter(self.parameters, load_file(folder / adapters.WEIGHTS))
+        weights = full_weights.CHECKPOINT_WEIGHTS if self.lora is None else adapters.WEIGHTS
+        adapters.load_adapter(self.parameters, load_file(folder / weights))
         progress = Progress(**checkpoints.read_state(folder)["progress"])
         moments = load_file(folder / OPTIMIZER)
         for name, parameter in self.parameters.items():
@@ -403,22 +415,24 @@ class Training:
         return progress
 
     def _publish_result(self) -> str:
-        """Publish `result/`; returns the sha256 of the adapter's weights."""
+        """Publish `result/`; returns the sha256 of the adapter's weights, or of the manifest of a whole model."""
         self._require_finite(self.total_steps)
         final = self.attempt.folder / "result"
         prepared = self.attempt.folder / UNFINISHED_RESULT
         shutil.rmtree(prepared, ignore_errors=True)
         prepared.mkdir()
-        self._write_adapter(prepared)
+        if self.lora is None:
+            full_weights.write_result(prepared, self.model, Path(self.spec.base_path), self.spec.base_code)
+        else:
+            self._write_adapter(prepared, self.lora)
         self.attempt.check_fence()
         if final.exists():  # of an attempt that died before its last record
             shutil.rmtree(final)
         publish_folder(prepared, final)
-        return sha256_of(final / adapters.WEIGHTS)
+        return sha256_of(final / (MANIFEST if self.lora is None else adapters.WEIGHTS))
 
-    def _write_adapter(self, folder: Path) -> None:
-        shape = asdict(self.lora)
-        adapters.write_adapter(folder, self.parameters, base_code=self.spec.base_code, **shape)
+    def _write_adapter(self, folder: Path, lora: Lora) -> None:
+        adapters.write_adapter(folder, self.parameters, base_code=self.spec.base_code, **asdict(lora))
 
     def _require_finite(self, step: int) -> None:
         if not all(bool(parameter.isfinite().all()) for parameter in self.parameters.values()):
@@ -476,13 +490,3 @@ def learning_rate(peak: float, steps_done: int, total_steps: int, warmup_ratio: 
         return peak * (steps_done + 1) / warmup
     way = (steps_done - warmup) / max(1, total_steps - warmup - 1)
     return peak * (FINAL_LEARNING_RATE + (1 - FINAL_LEARNING_RATE) * (1 + math.cos(math.pi * min(1.0, way))) / 2)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the error, of host or GPU, means that memory ran out."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    if isinstance(error, OSError):
-        return error.errno == errno.ENOMEM
-    text = str(error)
-    return "DefaultCPUAllocator" in text or "out of memory" in text or "std::bad_alloc" in text

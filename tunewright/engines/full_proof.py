@@ -1,0 +1,125 @@
+"""Proof of effect of a model with weights of its own: `python -m tunewright.engines.full_proof FOLDER`.
+
+Base and model go through memory one after the other; each reads the stored prompts, and their next-token logits are compared.
+Exit code 0 when `answer.json` was written, 1 otherwise.
+"""
+
+import gc
+import json
+import logging
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+from transformers import AutoModelForCausalLM
+from transformers.utils.logging import disable_progress_bar
+
+from tunewright.clock import mono_s
+from tunewright.deployments.full_models import FullOrder
+from tunewright.deployments.ports import Proof
+from tunewright.engines.base_files import verify_files
+from tunewright.engines.placement import detect_placement, use_threads
+from tunewright.engines.rows import trouble_of
+from tunewright.errors import InvalidRequest, TunewrightError, quote
+from tunewright.files_on_disk import sha256_of, write_atomically
+from tunewright.i18n import mark
+from tunewright.jobs.spec import MANIFEST
+
+_log = logging.getLogger("tunewright.engines.full_proof")
+
+
+def main(folder: Path) -> int:
+    """Answer the order in `folder`; returns the exit code."""
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr)
+    order = msgspec.json.decode((folder / "order.json").read_bytes(), type=FullOrder)
+    use_threads(order.threads)
+    try:
+        answer: Any = prove(order)
+    except TunewrightError as error:
+        _log.error("%s", error)
+        answer = trouble_of(error)
+    write_atomically(folder / "answer.json", msgspec.json.encode(answer))
+    return 0
+
+
+def prove(order: FullOrder) -> Proof:
+    """The proof. Raises InvalidRequest(`model_files_changed`, `no_effect`), Misconfigured for a damaged base."""
+    verify_files(Path(order.base_path), order.base_files)
+    model_path = Path(order.model_path)
+    _verify_model(model_path, order.manifest_sha256)
+    base_logits, _, _ = _logits(Path(order.base_path), order.prompts)
+    gc.collect()
+    began = mono_s()
+    logits, tensors, missing = _logits(model_path, order.prompts)
+    load_ms = 1000 * (mono_s() - began)
+    shifts = [(one - other).abs() for one, other in zip(logits, base_logits, strict=True)]
+    largest = max(float(shift.max()) for shift in shifts)
+    finite = all(bool(shift.isfinite().all()) for shift in shifts)
+    if missing or not finite or largest == 0:
+        raise InvalidRequest(
+            "no_effect",
+            mark(
+                "The trained weights do not change the model's answers as they should: {missing} of {tensors} tensors are "
+                "missing and the largest change of a logit is {shift}."
+            ),
+            missing=missing,
+            tensors=tensors,
+            shift=str(largest),
+        )
+    return Proof(
+        tensors=tensors,
+        tensors_applied=tensors,
+        max_logit_shift=largest,
+        mean_logit_shift=sum(float(shift.mean()) for shift in shifts) / len(shifts),
+        load_ms=load_ms,
+    )
+
+
+def _verify_model(folder: Path, manifest_sha256: str) -> None:
+    wrong = MANIFEST
+    try:
+        if sha256_of(folder / MANIFEST) == manifest_sha256:
+            files = json.loads((folder / MANIFEST).read_text("utf-8"))["files"]
+            there = {path.name for path in folder.iterdir()} - {MANIFEST}
+            differ = sorted(there ^ files.keys()) + [
+                n for n in files if n in there and sha256_of(folder / n) != files[n]
+            ]
+            if not differ:
+                return
+            wrong = differ[0]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        pass
+    raise InvalidRequest(
+        "model_files_changed",
+        mark("The files of the trained model are not those that its training wrote (file {name})."),
+        name=quote(wrong),
+    )
+
+
+@torch.inference_mode()
+def _logits(folder: Path, prompts: list[list[int]]) -> tuple[list[torch.Tensor], int, int]:
+    """(float32 logits of the token after each prompt, tensors of the model, those that the folder lacks)."""
+    placement = detect_placement()
+    disable_progress_bar()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what libraries say here concerns training or their next versions
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            dtype=getattr(torch, placement.dtype),
+            output_loading_info=True,
+        )
+    model, info = loaded
+    model = model.to(placement.device).eval()
+    rows = [torch.tensor([prompt], device=placement.device) for prompt in prompts]
+    found = [model(input_ids=row, use_cache=False, logits_to_keep=1).logits[0, -1].float().cpu() for row in rows]
+    return found, sum(1 for _ in model.parameters()), len(info["missing_keys"])
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))
