@@ -84,7 +84,10 @@ def check(
             stream.seek(begin)
             scan.read(stream, size, told)
         del head
-        _compare_rows(scan, begin, known)
+        if known is not None:
+            _compare_with(known, scan, begin)
+            del known  # before the search for repeated rows, which takes as much room
+        _compare_rows(scan, begin)
         _sum_up(scan, purpose)
         report = reporter.report(scan.kind, scan.rows, size)
     if statistics and scan.training:
@@ -124,8 +127,8 @@ def known_rows(path: Path, purpose: str, limits: Limits) -> Known:
     return Known(scan.fingerprints)
 
 
-def _compare_rows(scan: Scan, begin: int, known: Known | None) -> None:
-    """Report rows that stand in the file more than once, contradict each other, or stand in the training file."""
+def _compare_rows(scan: Scan, begin: int) -> None:
+    """Report rows that stand in the file more than once or contradict each other."""
     found = scan.fingerprints
     repeated = _report(
         scan,
@@ -142,10 +145,12 @@ def _compare_rows(scan: Scan, begin: int, known: Known | None) -> None:
         scan.reporter.add("warning", "duplicates", sentence, found=repeated, rows=scan.rows)
     sentence = mark("line {line} has the same prompt as line {first} and another answer")
     _report(scan, begin, fingerprints.contradictions(found), "contradicting_row", sentence)
-    if known is None:
-        return
+
+
+def _compare_with(known: Known, scan: Scan, begin: int) -> None:
+    """Report rows that stand in the training file."""
     sentence = mark("line {line} also stands in the training file, so it can't show what was learned")
-    leaked = _report(scan, begin, known.common(found), "validation_leak", sentence, patch=Patch(drop=True))
+    leaked = _report(scan, begin, known.common(scan.fingerprints), "validation_leak", sentence, patch=Patch(drop=True))
     if leaked:
         sentence = mark("{found} of {rows} rows also stand in the training file.")
         scan.reporter.add("warning", "validation_overlap", sentence, found=leaked, rows=scan.rows)

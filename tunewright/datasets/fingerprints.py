@@ -18,7 +18,7 @@ _MOST = 0xFFFF_FFFF
 _MIX = 0x9E37_79B9_7F4A_7C15
 _FEW = 20_000
 """Up to so many lines plain Python does the looking: numpy need not be loaded for a small file."""
-_CHUNK = 1 << 20
+_CHUNK = 1 << 18
 
 
 class Fingerprints:
@@ -77,7 +77,7 @@ def keys_of(facts: Facts) -> tuple[int, int]:
     """The numbers of a row's prompt and answer."""
     shape, texts = facts.shape, facts.texts
     last = len(texts) if facts.pair else shape.last
-    head = f"{shape.code}\0{facts.tools}\0{facts.pair}" if facts.tools or facts.pair else shape.head
+    head = f"{shape.code[:last]}\0{facts.tools}\0{facts.pair}" if facts.tools or facts.pair else shape.head
     return _hash("\0".join((head, *texts[:last])).encode()), _short_hash(facts.answer.encode())
 
 
@@ -149,13 +149,16 @@ def _first_of_each(keys: "array[int]") -> Any:
 
 
 class Known:
-    """The rows of another file: whether a row stands in it, by its bytes or by what it says."""
+    """The rows of another file: whether a row stands in it, by its bytes or by what it says. 16 bytes a line."""
 
     def __init__(self, found: Fingerprints) -> None:
-        import numpy as np
-
-        self._rows = np.unique(_view(found.rows))
-        self._contents = np.unique(_contents(found, 0, len(found.rows)))
+        """Takes `found` over: it is of no use afterwards."""
+        for start in range(0, len(found.rows), _CHUNK):
+            stop = min(start + _CHUNK, len(found.rows))
+            _view(found.prompts)[start:stop] = _contents(found, start, stop)
+        self._rows, self._contents = _view(found.rows), _view(found.prompts)
+        self._rows.sort()
+        self._contents.sort()
 
     def common(self, found: Fingerprints) -> Iterator[Again]:
         """The lines of `found` that this file holds too, in order; `first` means nothing."""

@@ -36,8 +36,8 @@ class Shape:
         self.turns = sum(before != "u" and letter == "u" for before, letter in starts)  # "uu" is one turn
         self.answers = [i for i, letter in enumerate(code) if letter in "ac"]
         self.last = self.answers[-1] if self.answers else -1
-        self.head = f"{code}\0\0"
-        """Of a row without tools, for its number (`fingerprints.py`)."""
+        self.head = f"{code[: max(0, self.last)]}\0\0"
+        """The roles before the last answer, as `fingerprints.py` wants them of a row without tools."""
         self.single = len(self.answers) == 1
         self.regular = _is_regular(code)
 
