@@ -141,6 +141,14 @@ def test_bytes_that_are_no_utf8_are_found_in_the_file(tmp_path: Path) -> None:
     assert "GB18030" not in other.text()
 
 
+def test_tables_are_pointed_to_the_command_that_converts_them(tmp_path: Path) -> None:
+    for data, name in ((b"prompt,answer\na,b\n", "CSV"), (b"prompt\tanswer\na\tb\n", "TSV")):
+        problem = checked(tmp_path, data).problems[0]
+        assert problem.code == "unsupported_format"
+        assert f"is {name}, not JSONL" in problem.text() and "tunewright datasets convert" in problem.text("zh")
+    assert "datasets convert" not in checked(tmp_path, b"<html></html>").problems[0].text()
+
+
 def test_a_secret_is_never_repeated(tmp_path: Path) -> None:
     secret = "sk-" + "Zx9" * 10
     report = checked(tmp_path, chat(USER, {**ASSISTANT, "content": f"use {secret} please"}))

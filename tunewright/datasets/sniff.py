@@ -37,6 +37,7 @@ _MAGIC = (
     (b"GGUF", "GGUF"),
 )
 _SPACE = b" \t\r\n"
+_TABLES = ("CSV", "TSV", "Parquet")
 _ONE_ROW_PER_LINE = Patch(rewrite="one_row_per_line")
 
 
@@ -74,11 +75,10 @@ def _utf16() -> Verdict:
 
 
 def _unsupported(name: str) -> Verdict:
-    return Verdict(
-        "unsupported_format",
-        mark("The file is {format}, not JSONL; upload a text file with one JSON object per line."),
-        {"format": name},
-    )
+    sentence = mark("The file is {format}, not JSONL; upload a text file with one JSON object per line.")
+    if name in _TABLES:
+        sentence = mark('The file is {format}, not JSONL; "tunewright datasets convert" makes rows of its columns.')
+    return Verdict("unsupported_format", sentence, {"format": name})
 
 
 def _archive_name(head: bytes) -> str:
