@@ -59,6 +59,16 @@ def test_counts_are_those_of_the_renderer(tmp_path: Path, base: Path) -> None:
     assert found.problems == []
 
 
+def test_a_bad_row_that_no_template_can_take_is_refused_for_what_is_wrong_with_it(tmp_path: Path, base: Path) -> None:
+    """Arguments that are an object instead of a text passed every reader and ended the count, and the trainer, by a crash."""
+    calls = [{"id": "c", "type": "function", "function": {"name": "add", "arguments": {"a": 1}}}]
+    asked = {"role": "user", "content": "1 + 2?"}
+    bad = {"messages": [asked, {"role": "assistant", "tool_calls": calls}]}
+    found = counted(write(tmp_path / "rows.jsonl", [bad, chat("Hi", "Ho")]), base)
+    assert (found.rows, found.refused.lines) == (1, [1])
+    assert [(problem.line, problem.code) for problem in found.problems] == [(1, "invalid_tool_call")]
+
+
 def test_rows_over_the_limit_are_counted_and_named(tmp_path: Path, base: Path) -> None:
     """Cut rows are warned of; a row whose answer is cut away whole is an error."""
     rows = [chat("hello", "yes"), chat("hello", "one two three " * 40), chat("hello " * 90, "no")]

@@ -7,8 +7,11 @@ from typing import Any
 
 import msgspec
 
-from tunewright.datasets import preferences
+from tunewright.datasets import messages, preferences
+from tunewright.datasets.report import Report, Reporter, Row
 from tunewright.datasets.rows import conversation_of
+from tunewright.errors import InvalidRequest
+from tunewright.i18n import mark
 from tunewright.rendering.conversation import Conversation
 
 VERSION = 1
@@ -31,10 +34,10 @@ def examples_of(value: Any, line: int = 1) -> Examples:
         return Examples((conversation_of(value, line),))  # raises
     if preferences.is_preference(value):
         return _preference(value, line)
-    messages = value.get("messages")
+    turns = value.get("messages")
     images = 0
-    if isinstance(messages, list) and (images := sum(map(_count_images, messages))):
-        value = value | {"messages": [_without_images(message) for message in messages]}
+    if isinstance(turns, list) and (images := sum(map(_count_images, turns))):
+        value = value | {"messages": [_without_images(message) for message in turns]}
     return Examples((conversation_of(value, line),), images)
 
 
@@ -49,9 +52,9 @@ def _preference(value: dict[str, Any], line: int) -> Examples:
         whole = {"messages": [*asked, *answer] if isinstance(answer, list) else None, "tools": holder.get("tools")}
         conversation = conversation_of(whole, line)
         # Only the answers are compared, so only they are trained.
-        messages = [msgspec.structs.replace(message, trained=False) for message in conversation.messages[: len(asked)]]
-        messages += conversation.messages[len(asked) :]
-        found.append(msgspec.structs.replace(conversation, messages=tuple(messages)))
+        turns = [msgspec.structs.replace(message, trained=False) for message in conversation.messages[: len(asked)]]
+        turns += conversation.messages[len(asked) :]
+        found.append(msgspec.structs.replace(conversation, messages=tuple(turns)))
     return Examples(tuple(found), sides=("preferred", "non_preferred"))
 
 
@@ -72,3 +75,20 @@ def _texts(parts: list[Any]) -> list[Any]:
 def _without_images(message: Any) -> Any:
     parts = _parts(message)
     return message | {"content": _texts(parts)} if parts else message
+
+
+def refuse_problems(value: Any, line: int) -> None:
+    """Raises InvalidRequest: the first error that the check of the data file has for the row, if it has one."""
+    preference = isinstance(value, dict) and preferences.is_preference(value)
+    if not isinstance(value, dict) or not (preference or "messages" in value):
+        raise InvalidRequest("wrong_format", mark("line {line} is not a chat or function row"), line=line)
+    reporter = Reporter()
+    row = Row(reporter, line, 0)
+    if preference:
+        preferences.check_row(row, value)
+    else:
+        messages.check_row(row, value)
+    report: Report = reporter.report(None, 1, 0)
+    for problem in report.problems:
+        if problem.severity == "error":
+            raise InvalidRequest(problem.code, problem.message, param=problem.pointer, **problem.values)

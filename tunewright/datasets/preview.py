@@ -5,11 +5,7 @@ from typing import Any
 import msgspec
 
 from tunewright import strict_json
-from tunewright.datasets import messages, preferences
-from tunewright.datasets.examples import examples_of
-from tunewright.datasets.report import Report, Reporter, Row
-from tunewright.errors import InvalidRequest
-from tunewright.i18n import mark
+from tunewright.datasets.examples import examples_of, refuse_problems
 from tunewright.rendering.renderer import Renderer
 
 MOST_TOKENS = 32_768
@@ -47,7 +43,7 @@ def preview(data: bytes, line: int, renderer: Renderer, max_length: int) -> list
     Raises InvalidRequest with the code of the row's first problem, or what the renderer raises.
     """
     value = strict_json.loads(data)
-    _refuse_problems(value, line)
+    refuse_problems(value, line)
     found = examples_of(value, line)
     sides = found.sides or (None,)
     return [
@@ -73,20 +69,3 @@ def _shown(renderer: Renderer, conversation: Any, side: str | None, max_length: 
         truncated=n_tokens > len(ids),
         untrained_messages=example.skipped,
     )
-
-
-def _refuse_problems(value: Any, line: int) -> None:
-    """Raises the first error that the check of the data file has for the row."""
-    preference = isinstance(value, dict) and preferences.is_preference(value)
-    if not isinstance(value, dict) or not (preference or "messages" in value):
-        raise InvalidRequest("wrong_format", mark("line {line} is not a chat or function row"), line=line)
-    reporter = Reporter()
-    row = Row(reporter, line, 0)
-    if preference:
-        preferences.check_row(row, value)
-    else:
-        messages.check_row(row, value)
-    report: Report = reporter.report(None, 1, 0)
-    for problem in report.problems:
-        if problem.severity == "error":
-            raise InvalidRequest(problem.code, problem.message, param=problem.pointer, **problem.values)

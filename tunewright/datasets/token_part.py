@@ -23,7 +23,7 @@ from typing import Any, BinaryIO
 import msgspec
 
 from tunewright import strict_json
-from tunewright.datasets.examples import examples_of
+from tunewright.datasets.examples import examples_of, refuse_problems
 from tunewright.datasets.lines import Line, read_lines
 from tunewright.errors import InvalidRequest, TunewrightError
 from tunewright.i18n import mark
@@ -97,9 +97,18 @@ def _write_row(writer: "_Writer", renderer: Renderer, line: Line, max_line_bytes
     if line.data is None:
         sentence = mark("line {line} is longer than {limit} bytes")
         raise InvalidRequest("line_too_long", sentence, line=line.number, limit=max_line_bytes)
-    found = examples_of(strict_json.loads(line.data), line.number)
+    value = strict_json.loads(line.data)
     # All of a row or nothing: whatever can be refused comes before the first byte is written.
-    examples = [renderer.example(conversation) for conversation in found.conversations]
+    try:
+        found = examples_of(value, line.number)
+        examples = [renderer.example(conversation) for conversation in found.conversations]
+    except TunewrightError:
+        raise
+    except Exception:
+        # Templates are written for rows that passed the check. One that did not may do anything to them; it is refused for
+        # what is wrong with it. Any other is a bug of ours.
+        refuse_problems(value, line.number)
+        raise
     for example in examples:
         writer.add(line.number, example.tokens, example.trained, found.images)
 
