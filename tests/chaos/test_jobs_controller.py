@@ -71,6 +71,17 @@ def test_a_job_from_created_to_a_ready_model(bench: Bench) -> None:
     assert bench.processes_left(job.id) == []
 
 
+def test_a_whole_model_needs_its_manifest_and_no_pool(bench: Bench) -> None:
+    bench.bases.bases.append(a_base(bench.home, "rich", methods=("lora", "full")))
+    request = CreateJob(model="rich", training_type="full", training_file=bench.upload(steps=2))
+    job = bench.until_over(bench.jobs.create(PROJECT, request).id)
+    assert (
+        job.status == FAILED and job.error is not None and job.error.code == "adapter_invalid"
+    )  # the fake wrote an adapter
+    assert bench.prover.warmed == bench.prover.proved == []
+    assert list(bench.home.adapters.iterdir()) == []
+
+
 def test_metrics_carry_the_names_of_both_dialects(bench: Bench) -> None:
     job = bench.create(steps=2)
     bench.until_over(job.id)

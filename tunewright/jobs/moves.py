@@ -30,6 +30,7 @@ from tunewright.jobs.records import (
 )
 from tunewright.jobs.spec import Failed, Finished, Hyperparameters
 from tunewright.jobs.trainers import Trainers
+from tunewright.models.records import FULL
 from tunewright.settings import Settings
 
 if TYPE_CHECKING:
@@ -364,8 +365,9 @@ class Moves:
             tx.jobs.add_events([events.message(job, "trainer_silent", text, level="warn", seconds=round(seconds))])
 
     def _warm(self, job: Job) -> None:
-        """Once for each job and server. Nothing depends on it but the time to the first answer."""
-        if job.id in self._warmed:
+        """Once for each job and server. Nothing depends on it but the time to the first answer, and the pool gives none from
+        a whole model."""
+        if job.id in self._warmed or job.training_type == FULL:
             return
         self._warmed.add(job.id)
         try:
