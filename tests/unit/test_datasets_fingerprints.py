@@ -118,9 +118,9 @@ def test_rows_of_the_training_file_leak(tmp_path: Path) -> None:
         + file(answered("Rome.", SYSTEM, USER), {"messages": []}, answered("Rome."))
     )
     report = checked(tmp_path, validation, against=b"\xef\xbb\xbf" + training)
-    assert [place for place, _ in told(report, "validation_leak")] == [2, 3, 4]
+    assert [place for place, _ in told(report, "validation_leak")] == [2, 3], "and rows with errors teach nothing"
     overlap = next(problem for problem in report.problems if problem.code == "validation_overlap")
-    assert overlap.values == {"found": 3, "rows": 5}
+    assert overlap.values == {"found": 2, "rows": 5}
     assert "validation_leak" not in checked(tmp_path, validation).counts
     assert "validation_leak" not in checked(tmp_path, validation, against=b"").counts
 
@@ -150,11 +150,7 @@ def test_many_lines_are_compared_like_few(rows: list[tuple[int, int, int]], othe
         if prompt and answer != rows[prompts.index(prompt)][2]
     ]
     contents = {(prompt, answer) for _, prompt, answer in others if prompt}
-    common = [
-        i
-        for i, (row, prompt, answer) in enumerate(rows)
-        if (row and row in {each[0] for each in others}) or (prompt, answer) in contents
-    ]
+    common = [i for i, (_, prompt, answer) in enumerate(rows) if (prompt, answer) in contents]
     with pytest.MonkeyPatch.context() as patch:
         for few, chunk in ((100, 100), (0, 100), (0, 3)):
             patch.setattr(fingerprints, "_FEW", few)
@@ -188,7 +184,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, report.rows, 
 
 
 def test_a_line_takes_few_bytes_of_memory(tmp_path: Path) -> None:
-    """300,000 lines: 24 bytes each, 16 of the training file and the search among them; a set of ints would take 25 MB more."""
+    """300,000 lines: 24 bytes each, 8 of the training file and the search among them; a set of ints would take 25 MB more."""
     path = tmp_path / "data.jsonl"
     rng = random.Random(1)
     with path.open("wb") as stream:
