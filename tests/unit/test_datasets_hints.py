@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tunewright.datasets import hints, personal_data, quick_look
+from tunewright.datasets import block_look, hints, personal_data, quick_look
 from tunewright.datasets.report import Problem, Reporter, Row
 
 CARD = "6222021234567894"
@@ -111,7 +111,7 @@ def test_the_cheap_look_never_misses(text: str, escaped: bool, shift: int) -> No
     if seen_texts(text):
         line = json.dumps({"content": text}, ensure_ascii=escaped).encode("utf-8", "replace")
         assert quick_look.may_need_look(line)
-        filler = b"x" * (quick_look._CHUNK_BYTES - 40 - shift) + b"\n"
+        filler = b"x" * (block_look._CHUNK_BYTES - 40 - shift) + b"\n"
         assert quick_look.may_need_look(filler + line)
         assert quick_look.may_need_look(line + b"\n" + filler)
 

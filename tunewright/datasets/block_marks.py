@@ -45,20 +45,23 @@ class BlockMarks:
         if np.logical_and(before, found[1:], out=after).any() and b"\\u0000" in block:
             return None
         if np.logical_and(before, escaping[1:], out=after).any():
-            quotes = int(np.count_nonzero(quoted)) - int(np.count_nonzero(quoted[_escapes(escaping) + 1]))
+            quotes = int(np.count_nonzero(quoted)) - int(
+                np.count_nonzero(quoted[escapes(escaping[:-1].nonzero()[0]) + 1])
+            )
         else:
             # The first byte is no quote, or the decoder refuses it.
             quotes = int(np.count_nonzero(np.greater(quoted[1:], before, out=after)))
         return Marks(ends.tolist() if whole else [*ends.tolist(), size], quotes)
 
 
-def _escapes(escaping: Any) -> Any:
-    """Offsets of the backslashes that escape the next byte: of a run of them every other, beginning with the first."""
+def escapes(backslashes: Any) -> Any:
+    """Of the places of all backslashes those that escape the next byte: of a run every other, beginning with the first."""
     import numpy as np
 
-    found = escaping[:-1].nonzero()[0]  # the decoder refuses one at the very end
-    together = found[1:] == found[:-1] + 1
-    order = np.arange(len(found))
+    together = backslashes[1:] == backslashes[:-1] + 1
+    if not together.any():
+        return backslashes
+    order = np.arange(len(backslashes))
     first = np.concatenate(([True], ~together))
     place = order - np.maximum.accumulate(np.where(first, order, 0))
-    return found[place % 2 == 0]
+    return backslashes[place % 2 == 0]

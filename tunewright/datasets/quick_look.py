@@ -22,10 +22,11 @@ API_KEY = re.compile(rb"z(?<=AIz)a[A-Za-z0-9_-]{35}")
 EMAIL = re.compile(rb"@(?!example\.)[A-Za-z0-9-]{1,63}\.[A-Za-z0-9]")
 # Control characters, and escapes of: ASCII (a "<" may begin a token), invisible characters, combining marks, the wide bar.
 # The first backslash of a run is taken, then pairs of them: "\\b" in JSON is a backslash and a letter.
-ESCAPE = re.compile(
-    rb"\\(?<!\\\\)(?:\\\\)*"
-    rb"(?:[bf]|u(?:00[0-9]|03[0-6]|20(?:0[bBeEfF]|2[a-eA-E]|6)|[fF][eE][fF][fF]|[fF][fF]5[cC]))"
-)
+_ODD_ESCAPE = rb"(?:[bf]|u(?:00[0-9]|03[0-6]|20(?:0[bBeEfF]|2[a-eA-E]|6)|[fF][eE][fF][fF]|[fF][fF]5[cC]))"
+ESCAPE = re.compile(rb"\\(?<!\\\\)(?:\\\\)*" + _ODD_ESCAPE)
+ESCAPE_BEHIND = re.compile(rb"\\" + _ODD_ESCAPE)
+"""The same at a backslash that is known to escape."""
+BYTE_ORDER_MARK = re.compile(rb"\xef\xbb\xbf")
 HEX_KEY = re.compile(rb"[0-9a-f]{32}\.[A-Za-z0-9]{16}")
 NUMBER = re.compile(
     rb"[0-9]{15}|[0-9]{0,4}1[3-9][0-9]{9}|1[3-9][0-9][ -][0-9]{4}[ -][0-9]{4}"
@@ -39,7 +40,6 @@ _NUMBER_SHAPES = (b"0" * 11, b"000-0000-0000", b"0000-0000-0000-000")
 
 _BLOCK_BYTES = 1 << 15
 """From here on numpy is faster."""
-_CHUNK_BYTES = 1 << 18
 
 
 def may_need_look(data: bytes) -> bool:
