@@ -132,7 +132,7 @@ def rss(process: psutil.Process) -> int:
 
 
 def _child(way: str, path: Path) -> None:
-    from tunewright.datasets.check import check
+    from tunewright.datasets.checking.check import check
 
     gc.freeze()
     print("ready", flush=True)

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import psutil
 
-from tunewright.datasets import packed_rows
-from tunewright.datasets.packed_cache import PackedCache, key_of
-from tunewright.datasets.token_part import Order, write_part
+from tunewright.datasets.tokens import packed_rows
+from tunewright.datasets.tokens.packed_cache import PackedCache, key_of
+from tunewright.datasets.tokens.token_part import Order, write_part
 from tunewright.files_on_disk import sha256_of
 from tunewright.rendering.renderer import renderer_of
 

@@ -124,10 +124,10 @@ def convert(
 
     Without --skip-bad nothing is written while there is a row that can't be converted.
     """
-    from tunewright.datasets.convert import OWN
-    from tunewright.datasets.convert import convert as convert_file
-    from tunewright.datasets.foreign import FORMATS
-    from tunewright.datasets.importers import STYLES
+    from tunewright.datasets.importing.convert import OWN
+    from tunewright.datasets.importing.convert import convert as convert_file
+    from tunewright.datasets.importing.foreign import FORMATS
+    from tunewright.datasets.importing.importers import STYLES
     from tunewright.datasets.presentation import converted_object
 
     with _explained(language) as settings:
@@ -178,8 +178,8 @@ def repair(
     language: Language = None,
 ) -> None:
     """Apply the mends that are certain and write the result to another file."""
-    from tunewright.datasets.repair import Choice
-    from tunewright.datasets.repair import repair as repair_file
+    from tunewright.datasets.mending.repair import Choice
+    from tunewright.datasets.mending.repair import repair as repair_file
 
     with _explained(language) as settings:
         tongue = language or settings.language
@@ -261,7 +261,7 @@ def preview(
     """Show the tokens of one row as the trainer sees them: which are trained, and which are cut off."""
     import msgspec
 
-    from tunewright.datasets.preview import preview as preview_row
+    from tunewright.datasets.tokens.preview import preview as preview_row
     from tunewright.rendering.renderer import renderer_of
 
     with _explained(language, home) as settings:
@@ -290,8 +290,8 @@ def _checked(
     fetch_images: bool,
 ) -> "tuple[Report, int]":
     """The report on the file and the images in its rows, and how many images were not fetched; all problems in `listed`."""
-    from tunewright.datasets.check import check
-    from tunewright.datasets.image_check import check_images
+    from tunewright.datasets.checking.check import check
+    from tunewright.datasets.images.image_check import check_images
     from tunewright.egress import Egress
 
     processes = (os.cpu_count() or 1) if file.stat().st_size > _MANY_BYTES else 1
@@ -371,9 +371,9 @@ def _count_tokens(
     listed: Path | None,
 ) -> None:
     """Add the tokens to the report: their statistics, what training takes, and the rows that the length limit changes."""
-    from tunewright.datasets.estimates import estimate
-    from tunewright.datasets.token_counts import count_tokens
-    from tunewright.datasets.token_report import add_tokens, join_lists
+    from tunewright.datasets.tokens.estimates import estimate
+    from tunewright.datasets.tokens.token_counts import count_tokens
+    from tunewright.datasets.tokens.token_report import add_tokens, join_lists
 
     choices = _choices(base, report.rows, max_length)
     of_tokens = None if listed is None else listed.with_name("tokens.jsonl")

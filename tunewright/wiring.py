@@ -11,7 +11,7 @@ from tunewright.clock import mono_s
 from tunewright.completions.service import CompletionService
 from tunewright.datasets.parted_uploads import PartedUploads
 from tunewright.datasets.service import DatasetService
-from tunewright.datasets.token_service import TokenService
+from tunewright.datasets.tokens.token_service import TokenService
 from tunewright.deployments.pool import Pool
 from tunewright.egress import Egress
 from tunewright.errors import Misconfigured, TunewrightError, Unavailable

@@ -140,7 +140,7 @@ def wait_for(condition: Any) -> Any:
 
 
 def image_workers(server: psutil.Process) -> list[psutil.Process]:
-    return [p for p in server.children() if "tunewright.datasets.image_worker" in p.cmdline()]
+    return [p for p in server.children() if "tunewright.datasets.images.image_worker" in p.cmdline()]
 
 
 def test_killed_servers_and_killed_workers_cost_no_image(tmp_path: Path) -> None:

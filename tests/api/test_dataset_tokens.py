@@ -12,9 +12,9 @@ import pytest
 
 from tests.api.world import World
 from tunewright.clock import wall_s
-from tunewright.datasets import token_service
 from tunewright.datasets.rows import conversation_of
-from tunewright.datasets.token_service import Count, TokenService
+from tunewright.datasets.tokens import token_service
+from tunewright.datasets.tokens.token_service import Count, TokenService
 from tunewright.errors import Unavailable
 from tunewright.jobs.records import Job
 from tunewright.rendering.renderer import renderer_of

@@ -19,7 +19,7 @@ MAY_DIAL = {
     "tunewright/deployments/worker_client.py": "our own workers on loopback",
     "tunewright/models/fetching.py": "what the operator names: a base of the hub",
 }
-MAY_OPEN_IMAGES = {"tunewright/datasets/image_worker.py"}
+MAY_OPEN_IMAGES = {"tunewright/datasets/images/image_worker.py"}
 
 
 def used(tree: ast.Module) -> Iterator[str]:

@@ -15,8 +15,8 @@ from tests.recipes.job_folder import (
     write_job,
     write_rows,
 )
-from tunewright.datasets import packed_rows
-from tunewright.datasets.packed_cache import PackedCache
+from tunewright.datasets.tokens import packed_rows
+from tunewright.datasets.tokens.packed_cache import PackedCache
 from tunewright.errors import InvalidRequest
 from tunewright.files_on_disk import sha256_of
 from tunewright.jobs.spec import Started

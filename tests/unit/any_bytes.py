@@ -23,11 +23,11 @@ from tests.unit.bad_rows import (
     reply,
 )
 from tunewright import strict_json
-from tunewright.datasets.check import check
+from tunewright.datasets.checking.check import check
 from tunewright.datasets.lines import read_lines
-from tunewright.datasets.patches import apply
+from tunewright.datasets.mending.patches import apply
+from tunewright.datasets.mending.repair import Choice, repair
 from tunewright.datasets.records import PURPOSES
-from tunewright.datasets.repair import Choice, repair
 from tunewright.datasets.report import Problem, Report
 from tunewright.datasets.rows import conversation_of
 from tunewright.rendering.renderer import Renderer

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from tests.tiny_models import tiny_tokenizer
 from tests.unit.any_bytes import CORPUS, GOOD_FILES, holds, mended, mutated
+from tunewright.datasets.mending.repair import Choice
 from tunewright.datasets.records import PURPOSES
-from tunewright.datasets.repair import Choice
 from tunewright.rendering.renderer import Renderer, renderer_of
 
 FUZZ_S = float(os.environ.get("FUZZ_S", "300"))

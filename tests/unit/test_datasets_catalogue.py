@@ -125,7 +125,7 @@ _CHILD = """
 import resource, sys
 from pathlib import Path
 from types import SimpleNamespace
-from tunewright.datasets.check import check
+from tunewright.datasets.checking.check import check
 limits = SimpleNamespace(max_line_bytes=4 * 2**20, min_training_rows=1)
 check(Path(sys.argv[1]), "fine-tune", limits)  # what is loaded once is no growth
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -28,8 +28,8 @@ from tests.unit.bad_rows import (
     reply,
 )
 from tests.unit.bad_rows import line as one_line
-from tunewright.datasets import scan
-from tunewright.datasets.check import check
+from tunewright.datasets.checking import scan
+from tunewright.datasets.checking.check import check
 from tunewright.datasets.report import MAX_PROBLEMS, Report
 
 
@@ -199,7 +199,7 @@ _CHILD = """
 import resource, sys
 from pathlib import Path
 from types import SimpleNamespace
-from tunewright.datasets.check import check
+from tunewright.datasets.checking.check import check
 limits = SimpleNamespace(max_line_bytes=4 * 2**20, min_training_rows=1)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 report = check(Path(sys.argv[1]), "fine-tune", limits)

@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 
 from tests.unit.bad_rows import ASSISTANT, CASES, GOOD, SYSTEM, TOOL, USER, call, preference, reply
 from tests.unit.bad_rows import line as one_line
-from tunewright.datasets import check as check_module
-from tunewright.datasets import check_part, fast_rows, lines, parts, scan
-from tunewright.datasets.block_marks import BlockMarks
-from tunewright.datasets.check import check, check_in_child
+from tunewright.datasets import lines
+from tunewright.datasets.checking import check as check_module
+from tunewright.datasets.checking import check_part, fast_rows, parts, scan
+from tunewright.datasets.checking.block_marks import BlockMarks
+from tunewright.datasets.checking.check import check, check_in_child
 from tunewright.datasets.report import Problem, Report
 
 

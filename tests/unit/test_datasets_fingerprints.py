@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.unit.bad_rows import ASSISTANT, GOOD, SYSTEM, TOOL, USER, call, file, image, line, preference, reply
-from tunewright.datasets import fingerprints
-from tunewright.datasets.check import check
-from tunewright.datasets.fingerprints import Again, Fingerprints, Known
+from tunewright.datasets.checking import fingerprints
+from tunewright.datasets.checking.check import check
+from tunewright.datasets.checking.fingerprints import Again, Fingerprints, Known
 from tunewright.datasets.report import Patch, Report
 
 
@@ -174,7 +174,7 @@ import resource, sys
 from pathlib import Path
 from types import SimpleNamespace
 import numpy
-from tunewright.datasets.check import check
+from tunewright.datasets.checking.check import check
 limits = SimpleNamespace(max_line_bytes=4 * 2**20, min_training_rows=1)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 path = Path(sys.argv[1])

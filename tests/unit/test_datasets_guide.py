@@ -7,9 +7,10 @@ import pytest
 
 from tests.unit.bad_rows import ASSISTANT, PIXEL, SYSTEM, USER, file
 from tests.unit.test_datasets_check import LIMITS, checked
-from tunewright.datasets import documents, patches
-from tunewright.datasets.check import check
-from tunewright.datasets.repair import Choice, Repaired, repair
+from tunewright.datasets.checking import documents
+from tunewright.datasets.checking.check import check
+from tunewright.datasets.mending import patches
+from tunewright.datasets.mending.repair import Choice, Repaired, repair
 from tunewright.datasets.report import Problem, Report
 
 CHAT = file({"messages": [SYSTEM, USER, ASSISTANT]}, {"messages": [USER, ASSISTANT]})

@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tunewright.datasets import block_look, hints, personal_data, quick_look
+from tunewright.datasets.checking import block_look, quick_look
 from tunewright.datasets.report import Problem, Reporter, Row
+from tunewright.datasets.rules import hints, personal_data
 
 CARD = "6222021234567894"
 RESIDENT = "11010519491231002X"

@@ -17,12 +17,12 @@ from tests.unit.bad_rows import GOOD, file
 from tunewright import egress
 from tunewright.accounts.records import Project
 from tunewright.dataset_commands import app
-from tunewright.datasets import images
 from tunewright.datasets.blob_keys import image_key, manifest_key
-from tunewright.datasets.image_check import check_images
-from tunewright.datasets.image_pass import ImagePass
-from tunewright.datasets.image_records import Placed
-from tunewright.datasets.images import read_references
+from tunewright.datasets.images import image_references as images
+from tunewright.datasets.images.image_check import check_images
+from tunewright.datasets.images.image_pass import ImagePass
+from tunewright.datasets.images.image_records import Placed
+from tunewright.datasets.images.image_references import read_references
 from tunewright.datasets.intake import RowsRefused
 from tunewright.datasets.problem_list import read_problems
 from tunewright.datasets.records import File

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tunewright.datasets import messages, preferences
-from tunewright.datasets.importers import STYLES, detect, import_row, row_of
+from tunewright.datasets.importing.importers import STYLES, detect, import_row, row_of
 from tunewright.datasets.report import Reporter, Row
+from tunewright.datasets.rules import messages, preferences
 from tunewright.datasets.splitting import side
 from tunewright.errors import InvalidRequest
 

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tunewright import strict_json
-from tunewright.datasets import mending, patches
+from tunewright.datasets.mending import broken_json as mending
+from tunewright.datasets.mending import patches
 
 
 @pytest.mark.parametrize(

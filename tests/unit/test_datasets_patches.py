@@ -9,7 +9,7 @@ import pytest
 from tests.unit.bad_rows import ASSISTANT, GOOD, SYSTEM, TOOL, USER, call, file, reply
 from tests.unit.bad_rows import line as one_line
 from tests.unit.test_datasets_check import checked
-from tunewright.datasets import patches
+from tunewright.datasets.mending import patches
 from tunewright.datasets.report import Edit, Patch, Problem
 from tunewright.errors import InvalidRequest
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import msgspec
 
 from tests.unit.bad_rows import ASSISTANT, GOOD, USER, file
-from tunewright.datasets.check import check
+from tunewright.datasets.checking.check import check
 from tunewright.datasets.presentation import dataset_object, report_of, status_sentence, stored_object, summary_object
 from tunewright.datasets.records import File
 from tunewright.datasets.report import MAX_PROBLEMS, Report

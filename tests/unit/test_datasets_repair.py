@@ -12,7 +12,7 @@ from tests.unit.bad_rows import ASSISTANT, CASES, GOOD, USER, Case, file, reply
 from tests.unit.bad_rows import line as one_line
 from tests.unit.test_datasets_check import _ANY
 from tests.unit.test_datasets_guide import repaired
-from tunewright.datasets.repair import Choice, Repaired, repair
+from tunewright.datasets.mending.repair import Choice, Repaired, repair
 
 HUMAN = {"messages": [{**USER, "role": "human"}, ASSISTANT]}
 OTHER = {"messages": [USER, {**ASSISTANT, "content": "Not Rome."}]}
@@ -146,7 +146,7 @@ _CHILD = """
 import resource, sys
 from pathlib import Path
 from types import SimpleNamespace
-from tunewright.datasets.repair import Choice, repair
+from tunewright.datasets.mending.repair import Choice, repair
 limits = SimpleNamespace(max_line_bytes=2**20, min_training_rows=1)
 source, target = Path(sys.argv[1]), Path(sys.argv[2])
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.unit.bad_rows import ASSISTANT, GOOD, SYSTEM, TOOL, USER, call, file, image, preference, reply
-from tunewright.datasets import statistics
-from tunewright.datasets.check import check
+from tunewright.datasets.checking import statistics
+from tunewright.datasets.checking.check import check
+from tunewright.datasets.checking.statistics import MAX_BINS, Lengths, Statistics, language_of
 from tunewright.datasets.report import Report
-from tunewright.datasets.statistics import MAX_BINS, Lengths, Statistics, language_of
 
 
 class Limits(NamedTuple):

@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 
 from tests.tiny_models import tiny_tokenizer
-from tunewright.datasets import packed_rows
-from tunewright.datasets.estimates import estimate
-from tunewright.datasets.examples import examples_of
-from tunewright.datasets.packed_cache import MANIFEST, PackedCache, key_of
-from tunewright.datasets.preview import preview
 from tunewright.datasets.rows import conversation_of
-from tunewright.datasets.token_counts import TokenStatistics, count_tokens, spread
+from tunewright.datasets.tokens import packed_rows
+from tunewright.datasets.tokens.estimates import estimate
+from tunewright.datasets.tokens.examples import examples_of
+from tunewright.datasets.tokens.packed_cache import MANIFEST, PackedCache, key_of
+from tunewright.datasets.tokens.preview import preview
+from tunewright.datasets.tokens.token_counts import TokenStatistics, count_tokens, spread
 from tunewright.errors import InvalidRequest
 from tunewright.rendering.renderer import renderer_of
 
@@ -149,7 +149,7 @@ def test_a_part_does_not_outlive_who_ordered_it(tmp_path: Path) -> None:
         [
             sys.executable,
             "-c",
-            "from tunewright.datasets.token_part import *; end_with_stdin(); threading.Event().wait()",
+            "from tunewright.datasets.tokens.token_part import *; end_with_stdin(); threading.Event().wait()",
         ],
         stdin=subprocess.PIPE,
     )

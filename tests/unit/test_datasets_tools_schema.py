@@ -10,8 +10,8 @@ import pytest
 
 from tests.unit.bad_rows import ASSISTANT, USER, call, function, reply
 from tests.unit.test_datasets_check import checked
-from tunewright.datasets import schemas
 from tunewright.datasets.report import Problem
+from tunewright.datasets.rules import schemas
 
 CODE = "argument_mismatch"
 

@@ -7,7 +7,7 @@ from tests.unit.bad_rows import ASSISTANT, file
 from tests.unit.test_datasets_service import BAD, PROJECT, Shop, key
 from tests.unit.test_datasets_service import shop as shop
 from tunewright.datasets import version_work
-from tunewright.datasets.repair import Choice
+from tunewright.datasets.mending.repair import Choice
 from tunewright.errors import Conflict, InvalidRequest, NotFound, Unavailable
 
 

@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 from tests.images import hostile, odd, picture, png
-from tunewright.datasets.image_decoder import Decoder
-from tunewright.datasets.image_records import Decoded
+from tunewright.datasets.images.image_decoder import Decoder
+from tunewright.datasets.images.image_records import Decoded
 
 HOSTILE = hostile()
 ODD = odd()

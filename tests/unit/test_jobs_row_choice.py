@@ -11,7 +11,7 @@ import pytest
 from tests.job_bench import PROJECT, Bench
 from tests.unit.bad_rows import ASSISTANT, USER, line
 from tunewright.clock import wall_s
-from tunewright.datasets.check import check
+from tunewright.datasets.checking.check import check
 from tunewright.datasets.records import File
 from tunewright.datasets.report import Problem
 from tunewright.errors import InvalidRequest

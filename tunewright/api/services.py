@@ -7,7 +7,7 @@ from fastapi import Depends, Request
 from tunewright.completions.service import CompletionService
 from tunewright.datasets.parted_uploads import PartedUploads
 from tunewright.datasets.service import DatasetService
-from tunewright.datasets.token_service import TokenService
+from tunewright.datasets.tokens.token_service import TokenService
 from tunewright.jobs.service import JobService
 from tunewright.models.service import ModelService
 from tunewright.notifications.service import NotificationService

@@ -12,8 +12,8 @@ import msgspec
 from tunewright.accounts.idempotency import find_earlier, remember
 from tunewright.clock import wall_s
 from tunewright.datasets.blob_keys import content_key, report_key
-from tunewright.datasets.check import check_in_child
-from tunewright.datasets.image_service import PROGRESS, ImageService, Prepared
+from tunewright.datasets.checking.check import check_in_child
+from tunewright.datasets.images.image_service import PROGRESS, ImageService, Prepared
 from tunewright.datasets.problem_list import BLOB_BYTES, sort_by_line
 from tunewright.datasets.records import FINE_TUNE_PURPOSES, File
 from tunewright.datasets.report import Problem, Report

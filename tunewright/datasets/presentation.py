@@ -9,7 +9,7 @@ from tunewright.datasets.report import Problem, Report
 from tunewright.i18n import LANGUAGES, mark, translate
 
 if TYPE_CHECKING:
-    from tunewright.datasets.convert import Converted
+    from tunewright.datasets.importing.convert import Converted
 
 IMAGES = "images"
 """Where the report of a file that is `processing` says how many of its images are done."""

@@ -335,7 +335,7 @@ class Row:
 
     def unknown_fields(self, value: dict[str, Any], known: frozenset[str], path: Path) -> None:
         """Count fields that no rule knows; they are ignored. An explicit null says nothing and is let pass."""
-        from tunewright.datasets import row_mends  # it makes patches, which are defined here
+        from tunewright.datasets.mending import row_mends  # it makes patches, which are defined here
 
         for key in value.keys() - known:
             if value[key] is not None:

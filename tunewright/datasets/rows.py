@@ -6,7 +6,7 @@ from typing import Any
 
 from tunewright import strict_json
 from tunewright.datasets.lines import read_lines
-from tunewright.datasets.messages import ROLES
+from tunewright.datasets.rules.messages import ROLES
 from tunewright.errors import InvalidRequest
 from tunewright.i18n import mark
 from tunewright.rendering.conversation import Conversation, Message, ToolCall
@@ -20,7 +20,8 @@ def read_conversations(
     """(line number from 1, conversation) of every chat or function row that is not blank, in order, in bounded memory.
 
     Messages after the last assistant message are left out: they teach nothing. Assistant messages of `weight` 0 come with
-    `trained=False`. The lines of `skip_lines` are not looked at. The file has passed the check; raises InvalidRequest for a line that is no such row all the same.
+    `trained=False`. The lines of `skip_lines` are not looked at. The file has passed the check; raises InvalidRequest for a line
+    that is no such row all the same.
     """
     with path.open("rb", buffering=1 << 18) as stream:
         if stream.read(len(_BOM)) != _BOM:

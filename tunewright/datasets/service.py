@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from tunewright.datasets.blob_keys import content_key
 from tunewright.datasets.contents import Contents
-from tunewright.datasets.image_service import ImageService
+from tunewright.datasets.images.image_service import ImageService
 from tunewright.datasets.intake import Claim, Intake, RowsRefused, not_found
 from tunewright.datasets.records import FINE_TUNE_PURPOSES, File
 from tunewright.datasets.uploads import Also, Terms, Upload, check_room

@@ -16,10 +16,10 @@ if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
 
-    from tunewright.datasets.convert import Converted
-    from tunewright.datasets.preview import ShownExample
-    from tunewright.datasets.repair import Repaired
+    from tunewright.datasets.importing.convert import Converted
+    from tunewright.datasets.mending.repair import Repaired
     from tunewright.datasets.report import Report
+    from tunewright.datasets.tokens.preview import ShownExample
 
 _LINES_SHOWN = 6
 

@@ -14,8 +14,8 @@ from typing import Any, NoReturn
 
 import msgspec
 
-from tunewright.datasets.parts import CheckLimits
-from tunewright.datasets.repair import Choice, repair
+from tunewright.datasets.checking.parts import CheckLimits
+from tunewright.datasets.mending.repair import Choice, repair
 from tunewright.datasets.splitting import split
 from tunewright.datasets.uploads import Watch
 from tunewright.errors import InvalidRequest, StorageFull, Unavailable

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import msgspec
 
 from tunewright.datasets.blob_keys import content_key
+from tunewright.datasets.checking.parts import CheckLimits
 from tunewright.datasets.intake import Arrival, Intake, not_found
-from tunewright.datasets.parts import CheckLimits
+from tunewright.datasets.mending.repair import Choice, Repaired
 from tunewright.datasets.records import FINE_TUNE_PURPOSES, File
-from tunewright.datasets.repair import Choice, Repaired
 from tunewright.datasets.uploads import Watch, check_room
 from tunewright.datasets.version_work import Order, run
 from tunewright.errors import Conflict, InvalidRequest

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import msgspec
 
 from tunewright.datasets.blob_keys import report_key
-from tunewright.datasets.check import Limits, check
+from tunewright.datasets.checking.check import Limits, check
 from tunewright.datasets.lines import read_lines
 from tunewright.datasets.records import File
 from tunewright.datasets.report import Problem, Report

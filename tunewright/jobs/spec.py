@@ -83,7 +83,7 @@ class TrainingSpec(msgspec.Struct, frozen=True, kw_only=True):
     checkpoint_every_s: float
     max_line_bytes: int
     token_cache: str | None = None
-    """Folder of the tokenised data files (datasets/packed_cache.py); None keeps none."""
+    """Folder of the tokenised data files (datasets/tokens/packed_cache.py); None keeps none."""
     token_cache_bytes: int = 0
 
 

@@ -11,9 +11,9 @@ from typing import NoReturn
 
 import numpy as np
 
-from tunewright.datasets import packed_rows
-from tunewright.datasets.packed_cache import PackedCache, key_of
-from tunewright.datasets.packed_rows import PackedRows
+from tunewright.datasets.tokens import packed_rows
+from tunewright.datasets.tokens.packed_cache import PackedCache, key_of
+from tunewright.datasets.tokens.packed_rows import PackedRows
 from tunewright.errors import InvalidRequest, Misconfigured
 from tunewright.i18n import mark
 from tunewright.jobs.spec import TrainingSpec

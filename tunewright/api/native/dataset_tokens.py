@@ -15,11 +15,11 @@ from tunewright.api.body import router_at
 from tunewright.api.native.jobs import PREFIX
 from tunewright.api.services import DatasetsOf, JobsOf, ModelsOf, PlatformOf, TokensOf
 from tunewright.api.streaming import unless_gone
-from tunewright.datasets.estimates import estimate
 from tunewright.datasets.presentation import problem_object
 from tunewright.datasets.records import File
-from tunewright.datasets.token_counts import TokenStatistics
-from tunewright.datasets.token_service import Count
+from tunewright.datasets.tokens.estimates import estimate
+from tunewright.datasets.tokens.token_counts import TokenStatistics
+from tunewright.datasets.tokens.token_service import Count
 from tunewright.jobs.hyperparameters import parse, resolve
 from tunewright.jobs.records import SUCCEEDED
 from tunewright.jobs.service import JobService

@@ -24,9 +24,9 @@ from tunewright.api.streaming import unless_gone
 from tunewright.api.threads import stoppable
 from tunewright.datasets import export
 from tunewright.datasets.contents import ShownRow
+from tunewright.datasets.mending.repair import Choice
 from tunewright.datasets.presentation import problem_object, stored_object, summary_object
 from tunewright.datasets.records import FINE_TUNE_PURPOSES, File
-from tunewright.datasets.repair import Choice
 from tunewright.datasets.uploads import KEEP
 
 MOST_DATASETS = 100
