@@ -132,6 +132,8 @@ def rss(process: psutil.Process) -> int:
 
 
 def _child(way: str, path: Path) -> None:
+    import numpy  # noqa: F401  (the first large file loads it: start-up is not what is measured)
+
     from tunewright.datasets.checking.check import check
 
     gc.freeze()

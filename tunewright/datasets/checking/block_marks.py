@@ -30,8 +30,8 @@ class BlockMarks:
         if b"\r" in block or size < 2:
             return None
         if self._buffers is None or self._buffers.shape[1] < size:
-            self._buffers = np.empty((4, size), dtype=bool)
-        found, quoted, escaping, both = self._buffers[:, :size]
+            self._buffers = np.empty((3, size), dtype=bool)
+        found, quoted, escaping = self._buffers[:, :size]
         data = np.frombuffer(block, dtype=np.uint8)
         ends = np.equal(data, _NEWLINE, out=found).nonzero()[0]
         whole = block.endswith(b"\n")
@@ -40,9 +40,9 @@ class BlockMarks:
             return None
         np.equal(data, _QUOTE, out=quoted)
         np.equal(data, _BACKSLASH, out=escaping)
-        before, after = escaping[:-1], both[1:]
+        before, after = escaping[:-1], found[1:]
         np.equal(data, _U, out=found)
-        if np.logical_and(before, found[1:], out=after).any() and b"\\u0000" in block:
+        if np.logical_and(before, after, out=after).any() and b"\\u0000" in block:
             return None
         if np.logical_and(before, escaping[1:], out=after).any():
             quotes = int(np.count_nonzero(quoted)) - int(
