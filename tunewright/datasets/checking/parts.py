@@ -19,7 +19,6 @@ from tunewright.datasets.checking.scan import MAX_ROWS, Depth, Limits, Scan, agr
 from tunewright.datasets.checking.statistics import Statistics
 from tunewright.datasets.lines import line_starts
 from tunewright.datasets.report import Report, Tally
-from tunewright.settings import worker_environment
 
 PROBLEMS, NUMBERS, FOUND = "problems.jsonl", "numbers", "found.json"
 _WAIT_S = 30
@@ -157,6 +156,8 @@ def run(orders: list[Order], progress: Callable[[int], None] | None) -> None:
 
     `progress` is told the sum of the bytes that they are done with. Whatever ends this call ends the processes.
     """
+    from tunewright.settings import worker_environment  # the processes load this file too, and would wait for pydantic
+
     children: list[subprocess.Popen[bytes]] = []
     news = _News(len(orders))
     try:
