@@ -14,7 +14,7 @@ from tests.unit.bad_rows import ASSISTANT, CASES, GOOD, SYSTEM, TOOL, USER, call
 from tests.unit.bad_rows import line as one_line
 from tunewright.datasets import lines
 from tunewright.datasets.checking import check as check_module
-from tunewright.datasets.checking import check_part, fast_rows, parts, scan
+from tunewright.datasets.checking import fast_rows, parts, scan
 from tunewright.datasets.checking.block_marks import BlockMarks
 from tunewright.datasets.checking.check import check, check_in_child
 from tunewright.datasets.report import Problem, Report
@@ -66,14 +66,12 @@ def in_blocks(folder: Path, data: bytes, **options: Any) -> Outcome:
 def in_parts(folder: Path, data: bytes, **options: Any) -> Outcome:
     """Three stretches, each scanned by the code of a process of its own."""
 
-    def run(orders: list[parts.Order], progress: Callable[[int], None] | None) -> None:
-        for order in orders:
-            assert order.stretch is not None
-            check_part._scan(msgspec.json.decode(msgspec.json.encode(order), type=parts.Order), *order.stretch)
+    def run(orders: list[parts.Order], progress: Callable[[int], None] | None, own: parts.Order) -> None:
+        for order in (own, *orders):
+            parts.scan_stretch(msgspec.json.decode(msgspec.json.encode(order), type=parts.Order), lambda done: None)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(parts, "run", run)
-        patch.setattr(check_part, "_tell", lambda done: None)
         patch.setattr(check_module, "PARTS_FROM_BYTES", 0)
         patch.setattr(scan, "BLOCKS_FROM_BYTES", 0)
         return outcome(folder, data, processes=3, **options)

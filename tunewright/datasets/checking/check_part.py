@@ -9,9 +9,7 @@ from pathlib import Path
 import msgspec
 
 from tunewright.datasets.checking.check import check
-from tunewright.datasets.checking.parts import FOUND, NUMBERS, PROBLEMS, Found, Order
-from tunewright.datasets.checking.scan import Scan
-from tunewright.datasets.report import Reporter
+from tunewright.datasets.checking.parts import FOUND, Order, scan_stretch
 
 
 def main() -> None:
@@ -22,7 +20,7 @@ def main() -> None:
     if order.stretch is None:
         _check(order)
     else:
-        _scan(order, *order.stretch)
+        scan_stretch(order, _tell)
 
 
 def _end_with_parent() -> None:
@@ -48,30 +46,6 @@ def _check(order: Order) -> None:
         progress=lambda done, total: _tell(done),
     )
     (Path(order.folder) / FOUND).write_bytes(msgspec.json.encode(report))
-
-
-def _scan(order: Order, begin: int, end: int) -> None:
-    folder = Path(order.folder)
-    with Reporter(folder / PROBLEMS if order.write_problems else None) as reporter:
-        scan = Scan(reporter, order.purpose, order.limits, order.depth)
-        with Path(order.path).open("rb") as stream:
-            stream.seek(begin)
-            scan.read(stream, end, _tell)
-    scan.statistics.settle()
-    with (folder / NUMBERS).open("wb") as stream:
-        scan.fingerprints.write(stream)
-    found = Found(
-        tally=reporter.tally,
-        kind=scan.kind,
-        mixed=scan.mixed,
-        overfull=scan.overfull,
-        lines=scan.lines,
-        rows=scan.rows,
-        numbers=len(scan.fingerprints.rows),
-        huge=scan.fingerprints.huge,
-        statistics=scan.statistics,
-    )
-    (folder / FOUND).write_bytes(msgspec.json.encode(found))
 
 
 if __name__ == "__main__":

@@ -18,10 +18,12 @@ import msgspec
 from tunewright.datasets.checking.scan import MAX_ROWS, Depth, Limits, Scan, agreed_kind
 from tunewright.datasets.checking.statistics import Statistics
 from tunewright.datasets.lines import line_starts
-from tunewright.datasets.report import Report, Tally
+from tunewright.datasets.report import Report, Reporter, Tally
 
 PROBLEMS, NUMBERS, FOUND = "problems.jsonl", "numbers", "found.json"
 _WAIT_S = 30
+_START_BYTES = 16 << 20
+"""What this process reads while the others start."""
 
 
 class CheckLimits(msgspec.Struct, frozen=True):
@@ -64,13 +66,14 @@ class Found(msgspec.Struct, kw_only=True):
 def read_in_parts(
     scan: Scan, path: Path, purpose: str, begin: int, end: int, processes: int, progress: Callable[[int], None] | None
 ) -> bool:
-    """Let `processes` scan the bytes from `begin` to `end` and put together in `scan` what they found.
+    """Let `processes`, this one among them, scan the bytes from `begin` to `end` and put together in `scan` what they found.
 
     False, and nothing done, where the parts can't be told apart from the whole: rows of kinds that do not go together, too
     many lines. Raises ChildProcessError if a process died.
     """
+    ahead = min(_START_BYTES, (end - begin) // 4)
     with path.open("rb") as stream:
-        cuts = line_starts(stream, begin, end, processes)
+        cuts = [begin, *line_starts(stream, begin + ahead, end, processes)[1:]]
     limits = CheckLimits(scan.limits.max_line_bytes, scan.limits.min_training_rows)
     with tempfile.TemporaryDirectory(prefix="tunewright-check-") as folder:
         folders = []
@@ -90,7 +93,7 @@ def read_in_parts(
                     write_problems=scan.reporter.writes,
                 )
             )
-        run(orders, progress)
+        run(orders[1:], progress, orders[0])
         found = [msgspec.json.decode((own / FOUND).read_bytes(), type=Found) for own in folders]
         if not _fit(found):
             return False
@@ -151,15 +154,42 @@ def run_in_child(
         return msgspec.json.decode((Path(folder) / FOUND).read_bytes(), type=Report)
 
 
-def run(orders: list[Order], progress: Callable[[int], None] | None) -> None:
+def scan_stretch(order: Order, tell: Callable[[int], None]) -> None:
+    """Scan the stretch of an order, and leave what was found in its folder."""
+    begin, end = order.stretch or (0, 0)
+    folder = Path(order.folder)
+    with Reporter(folder / PROBLEMS if order.write_problems else None) as reporter:
+        scan = Scan(reporter, order.purpose, order.limits, order.depth)
+        with Path(order.path).open("rb") as stream:
+            stream.seek(begin)
+            scan.read(stream, end, tell)
+    scan.statistics.settle()
+    with (folder / NUMBERS).open("wb") as stream:
+        scan.fingerprints.write(stream)
+    found = Found(
+        tally=reporter.tally,
+        kind=scan.kind,
+        mixed=scan.mixed,
+        overfull=scan.overfull,
+        lines=scan.lines,
+        rows=scan.rows,
+        numbers=len(scan.fingerprints.rows),
+        huge=scan.fingerprints.huge,
+        statistics=scan.statistics,
+    )
+    (folder / FOUND).write_bytes(msgspec.json.encode(found))
+
+
+def run(orders: list[Order], progress: Callable[[int], None] | None, own: Order | None = None) -> None:
     """Run a process for each order, all at once, and wait for them. Raises ChildProcessError if one of them failed.
 
-    `progress` is told the sum of the bytes that they are done with. Whatever ends this call ends the processes.
+    `own` is a stretch that this process scans meanwhile. `progress` is told the sum of the bytes that all are done with.
+    Whatever ends this call ends the processes.
     """
     from tunewright.settings import worker_environment  # the processes load this file too, and would wait for pydantic
 
     children: list[subprocess.Popen[bytes]] = []
-    news = _News(len(orders))
+    news = _News(len(orders) + 1)
     try:
         for i, order in enumerate(orders):
             child = subprocess.Popen(
@@ -174,9 +204,11 @@ def run(orders: list[Order], progress: Callable[[int], None] | None) -> None:
             child.stdin.write(msgspec.json.encode(order) + b"\n")
             child.stdin.flush()
             threading.Thread(target=news.follow, args=(i, child.stdout), daemon=True).start()
+        if own is not None:
+            scan_stretch(own, lambda done: _pass_on(news.note(len(orders), done), progress))
+        news.note(len(orders), None)
         for done in news:
-            if progress is not None:
-                progress(done)
+            _pass_on(done, progress)
         for child in children:
             if child.wait(_WAIT_S):
                 raise ChildProcessError(f"a process of the check ended with {child.returncode}")
@@ -185,6 +217,11 @@ def run(orders: list[Order], progress: Callable[[int], None] | None) -> None:
     finally:
         for child in children:
             _end(child)
+
+
+def _pass_on(done: int, progress: Callable[[int], None] | None) -> None:
+    if progress is not None:
+        progress(done)
 
 
 def _end(child: "subprocess.Popen[bytes]") -> None:
@@ -210,10 +247,11 @@ class _News:
     def follow(self, i: int, stream: IO[bytes]) -> None:
         """Read what process `i` says; ends with it."""
         for text in stream:
-            self._note(i, int(text))
-        self._note(i, None)
+            self.note(i, int(text))
+        self.note(i, None)
 
-    def _note(self, i: int, done: int | None) -> None:
+    def note(self, i: int, done: int | None) -> int:
+        """Process `i` is done with so many bytes, or with all. The answer is the sum of all of them."""
         with self._changed:
             if done is None:
                 self._left -= 1
@@ -221,6 +259,7 @@ class _News:
                 self._done[i] = done
                 self._fresh = True
             self._changed.notify()
+            return sum(self._done)
 
     def __iter__(self) -> Any:
         while True:
