@@ -96,7 +96,7 @@ def test_r60_job_after_job_leaves_nothing_behind(bench: Bench, cycles: int) -> N
     counts: list[tuple[int, int]] = []
     bytes_used: list[int] = []
     for n in range(cycles):
-        job = bench.create(steps=2, sleep_s=0.0)
+        job = bench.create(steps=2, sleep_s=0.0, holds=[1] if n % 4 == 3 else [])
         if n % 4 == 3:
             bench.until(lambda job=job: bench.job(job.id).status == RUNNING)
             bench.jobs.cancel(PROJECT, job.id)
@@ -115,7 +115,9 @@ def test_r60_job_after_job_leaves_nothing_behind(bench: Bench, cycles: int) -> N
 
     bench.until(lambda: not zombies())
     assert list(bench.home.jobs.iterdir()) == list(bench.home.adapters.iterdir()) == []
-    (fds, threads), (last_fds, last_threads) = counts[cycles // 3], counts[-1]
+    # What is about to close counts for a moment; what has leaked counts every time.
+    fds, threads = map(max, zip(*counts[: cycles // 3 + 1], strict=True))
+    last_fds, last_threads = map(min, zip(*counts[-3:], strict=True))
     assert last_threads <= threads
     assert last_fds - fds <= min(6, cycles // 8), "more than a pool of connections that fills up"
     if cycles >= 1000:
