@@ -108,7 +108,7 @@ def measure(way: str, path: Path) -> Run:
 
     def watch() -> None:
         nonlocal peak
-        while not done.wait(0.02):
+        while not done.wait(0.2):  # a look goes through all processes of the machine: often, it would take a processor
             peak = max(peak, sum(map(rss, [process, *process.children(recursive=True)])))
 
     watcher = threading.Thread(target=watch)
