@@ -3,58 +3,26 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path as FilePath
-from typing import BinaryIO, Literal
+from typing import BinaryIO
 
-import msgspec
-
-from tunewright.datasets.report import MAX_PROBLEMS, Path, Problem, Report, Reporter, field_name, json_pointer
+from tunewright.datasets.report import MAX_PROBLEMS, Report, Reporter
 
 
-class Findings:
-    """Collects problems like a `Reporter`, writes each of them to a stream, and joins them to a report."""
+class Findings(Reporter):
+    """A reporter that writes to a stream that is open already, and joins what it has to an earlier report."""
 
     def __init__(self, stream: BinaryIO | None = None) -> None:
-        self._reporter = Reporter()
+        super().__init__()
         self._stream = stream
 
     @property
     def count(self) -> int:
         """Problems so far."""
-        return self._reporter.errors + self._reporter.warnings
-
-    def add(
-        self,
-        severity: Literal["error", "warning"],
-        code: str,
-        message: str,
-        *,
-        line: int | None = None,
-        byte_offset: int | None = None,
-        path: Path | None = None,
-        **values: object,
-    ) -> None:
-        """As `Reporter.add`."""
-        self._reporter.add(severity, code, message, line=line, byte_offset=byte_offset, path=path, **values)  # type: ignore[arg-type]
-        if self._stream is None:
-            return
-        if line is not None:
-            values["line"] = line
-        if path is not None:
-            values["field"] = field_name(path)
-        problem = Problem(
-            code=code,
-            severity=severity,
-            message=message,
-            values=values,
-            line=line,
-            byte_offset=byte_offset,
-            pointer=None if path is None else json_pointer(path),
-        )
-        self._stream.write(msgspec.json.encode(problem) + b"\n")
+        return self.errors + self.warnings
 
     def join(self, report: Report) -> None:
         """Add what was found to `report`, errors before warnings as ever."""
-        found = self._reporter.report(None, 0, 0)
+        found = self.report(None, 0, 0)
         report.errors += found.errors
         report.warnings += found.warnings
         report.bad_rows += found.bad_rows
