@@ -100,6 +100,7 @@ def job(project_id: str, **changes: Any) -> Job:
         "journal_offset": 2**35,
         "total_steps": 9,
         "step": 4,
+        "rehearsal": {"status": "done", "memory_peak_bytes": 2**33, "price": None},
     }
     values |= {"project_id": project_id}
     return Job(**(values | changes))

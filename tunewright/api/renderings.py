@@ -64,6 +64,7 @@ def job_object(job: Job, words: Mapping[str, str], fine_tuned_model: str | None,
         "max_bad_rows": job.tolerance.get("max_bad_rows"),
         "max_bad_ratio": job.tolerance.get("max_bad_ratio"),
         "validation_split": job.validation_split,
+        "rehearsal": job.rehearsal or None,
         "progress": {"step": job.step, "total_steps": job.total_steps},
         "error": _job_error(job, language),
     }

@@ -81,6 +81,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     journal_offset: int = 0
     total_steps: int | None = None
     step: int = 0
+    rehearsal: dict[str, Any] = {}
+    """What became of the dress rehearsal (`jobs/rehearsals.py`): `status` and what was measured. Empty before it is decided."""
     deleted_at: int | None = None
 
 

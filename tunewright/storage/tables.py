@@ -134,6 +134,7 @@ jobs = sa.Table(
     sa.Column("journal_offset", sa.BigInteger, nullable=False),
     sa.Column("total_steps", sa.BigInteger),
     sa.Column("step", sa.BigInteger, nullable=False),
+    sa.Column("rehearsal", JSON, nullable=False),
     sa.Column("deleted_at", sa.BigInteger),
     sa.Index("jobs_page", "project_id", "created_at", "id"),
     sa.Index("jobs_by_status", "status", "project_id"),
