@@ -12,7 +12,7 @@ from tunewright.api.openai import fine_tuning as openai_words
 from tunewright.api.renderings import job_object
 from tunewright.api.zhipu import fine_tuning as zhipu_words
 from tunewright.ids import new_id
-from tunewright.jobs.records import MOVES, Job, JobCheckpoint, JobError, JobEvent
+from tunewright.jobs.records import MOVES, Job, JobCheckpoint, JobError, JobEvent, Suggestion
 from tunewright.models.records import TunedModel
 
 JOBS = "/fine_tuning/jobs"
@@ -96,9 +96,33 @@ def test_auto_becomes_the_number_once_it_is_known() -> None:
 
 
 def test_the_error_of_a_failed_job_is_a_sentence() -> None:
-    error = JobError(code="c", message="The disk {name} is full", param="training_file", values={"name": "d"})
+    error = JobError(
+        code="c",
+        message="The disk {name} is full",
+        param="training_file",
+        values={"name": "d"},
+        cause="The disk is full.",
+        evidence="OSError: …",
+        suggestion=Suggestion(
+            message="Retry with longer rows: {changes}.",
+            values={"changes": "max_length 9"},
+            changes={"hyperparameters": {"max_length": 9}},
+        ),
+    )
     shown = job_object(a_job("failed", error=error), zhipu_words.STATUS_WORDS, None, "zh")
-    assert shown["error"] == {"code": "c", "message": "The disk d is full", "param": "training_file"}
+    assert shown["error"] == {
+        "code": "c",
+        "message": "The disk d is full",
+        "param": "training_file",
+        "cause": "磁盘已满。",
+        "evidence": "OSError: …",
+        "suggestion": {
+            "message": "请允许更长的样本后重试：max_length 9。",
+            "changes": {"hyperparameters": {"max_length": 9}},
+        },
+    }
+    plain = job_object(a_job("failed", error=JobError(code="c", message="m")), zhipu_words.STATUS_WORDS, None, "en")
+    assert plain["error"]["cause"] is plain["error"]["evidence"] is plain["error"]["suggestion"] is None
 
 
 @pytest.mark.parametrize(

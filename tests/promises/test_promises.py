@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tunewright.i18n import _catalogue
+from tunewright.jobs.diagnosis import EXPLANATIONS
 from tunewright.settings import Settings
 
 ROOT = Path(__file__).parents[2]
@@ -78,6 +79,47 @@ def test_every_error_code_is_documented() -> None:
         and f"`{node.args[0].value}`" not in manual
     }
     assert not missing, "\n".join(sorted(missing))
+
+
+def test_the_table_of_failed_jobs_is_that_of_the_diagnosis() -> None:
+    section = (
+        (ROOT / "docs" / "operations.md").read_text("utf-8").partition("## When a job fails")[2].partition("\n## ")[0]
+    )
+    rows = [line for line in section.splitlines() if line.startswith("| `")]
+    documented = [code for row in rows for code in re.findall(r"`(\w+)`", row.split("|")[1])]
+    assert sorted(documented) == sorted(EXPLANATIONS)
+
+
+ENDS_OF_JOBS = (
+    "recipes/",
+    "rendering/",
+    "jobs/preparation.py",
+    "jobs/row_choice.py",
+    "jobs/publication.py",
+    "jobs/moves.py",
+    "deployments/full_models.py",
+    "engines/adapter_files.py",
+    "engines/base_files.py",
+    "engines/full_proof.py",
+    "engines/loading.py",
+    "engines/proof.py",
+)
+"""Where errors are raised that end a job."""
+
+
+def test_every_way_for_a_job_to_fail_is_explained() -> None:
+    raised = {
+        node.args[0].value
+        for path, tree in trees()
+        if path.relative_to("tunewright").as_posix().startswith(ENDS_OF_JOBS)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Name)
+        and node.func.id in ERROR_CLASSES
+        and node.args
+        and isinstance(node.args[0], ast.Constant)
+    }
+    assert len(raised) > 20 and raised <= set(EXPLANATIONS)
 
 
 BANNED_IMPORTS = {

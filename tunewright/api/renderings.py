@@ -131,5 +131,16 @@ def _hyperparameters(job: Job) -> dict[str, Any]:
 def _job_error(job: Job, language: str) -> dict[str, Any] | None:
     if job.error is None:
         return None
-    message = translate(job.error.message, language, **job.error.values)
-    return {"code": job.error.code, "message": message, "param": job.error.param}
+    error = job.error
+    shown: dict[str, Any] = {
+        "code": error.code,
+        "message": translate(error.message, language, **error.values),
+        "param": error.param,
+        "cause": translate(error.cause, language, **error.values) or None,
+        "evidence": error.evidence or None,
+        "suggestion": None,
+    }
+    if error.suggestion is not None:
+        sentence = translate(error.suggestion.message, language, **error.suggestion.values)
+        shown["suggestion"] = {"message": sentence, "changes": error.suggestion.changes}
+    return shown

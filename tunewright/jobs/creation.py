@@ -3,6 +3,7 @@
 import math
 import re
 import secrets
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
@@ -41,6 +42,14 @@ class CreateJob(msgspec.Struct, frozen=True, kw_only=True):
     max_bad_rows: Any = None
     max_bad_ratio: Any = None
     validation_split: Any = None
+
+
+def with_changes(request: CreateJob, changes: Mapping[str, Any]) -> CreateJob:
+    """`request` with what a `records.Suggestion` changes; `hyperparameters` that it does not name stay."""
+    fields = dict(changes)
+    if "hyperparameters" in fields:
+        fields["hyperparameters"] = {**(request.hyperparameters or {}), **fields["hyperparameters"]}
+    return msgspec.structs.replace(request, **fields)
 
 
 class Tolerance(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

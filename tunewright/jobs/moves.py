@@ -9,7 +9,7 @@ import structlog
 from tunewright.clock import mono_s, wall_s_after
 from tunewright.errors import Misconfigured, StorageFull, TunewrightError, Unavailable
 from tunewright.i18n import mark
-from tunewright.jobs import events, progress
+from tunewright.jobs import diagnosis, events, progress
 from tunewright.jobs.errand import Errand
 from tunewright.jobs.journal_reader import Terminal, read_batch
 from tunewright.jobs.ports import OnEnd, Prover
@@ -25,7 +25,6 @@ from tunewright.jobs.records import (
     RUNNING,
     VALIDATING,
     Job,
-    JobError,
     JobEvent,
 )
 from tunewright.jobs.spec import Failed, Finished, Hyperparameters
@@ -333,9 +332,19 @@ class Moves:
         self._settled[job.id] = job.attempt
         return True
 
-    def _fail(self, job: Job, code: str, message: str, param: str | None, values: dict[str, Any]) -> None:
-        shown = {name: value if isinstance(value, str | int | float) else str(value) for name, value in values.items()}
-        error = JobError(code=code, message=message, param=param, values=shown)
+    def _fail(
+        self,
+        job: Job,
+        code: str,
+        message: str,
+        param: str | None,
+        values: dict[str, Any],
+        *,
+        cause: str = "",
+        evidence: str = "",
+    ) -> None:
+        base = self._preparation.known_base(job)
+        error = diagnosis.explain(job, base, code, message, param, values, cause=cause, evidence=evidence)
         event = events.message(job, "failed", message, level="error")
         with self._storage.write() as tx:
             changed = tx.jobs.change(
@@ -346,7 +355,7 @@ class Moves:
                 error=error,
             )
             if changed is not None:
-                tx.jobs.add_events([msgspec.structs.replace(event, code=code, values=shown)])
+                tx.jobs.add_events([msgspec.structs.replace(event, code=code, values=error.values)])
                 self._on_end(tx, changed)
         if changed is not None:
             log.warning("job_failed", job=job.id, code=code)

@@ -102,9 +102,13 @@ class Preparation:
             token_cache_bytes=self._settings.token_cache_bytes,
         )
 
+    def known_base(self, job: Job) -> Base | None:
+        """The job's base, pulled or not; None if the catalogue has it no more."""
+        return self._catalogue.find(job.base_code)
+
     def base(self, job: Job) -> Base:
         """Raises InvalidRequest(`model_not_pulled`)."""
-        base = self._catalogue.find(job.base_code)
+        base = self.known_base(job)
         if base is None or base.path is None:
             raise InvalidRequest(
                 "model_not_pulled",

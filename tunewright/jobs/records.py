@@ -27,13 +27,32 @@ MOVES: dict[str, frozenset[str]] = {
 }
 
 
+class Suggestion(msgspec.Struct, frozen=True, kw_only=True):
+    """What to try next. `message` is an English template for `values`.
+
+    `changes` are fields of a create request (`jobs.creation.CreateJob`) that take the place of the job's own; of
+    `hyperparameters` only those that are named, and None takes a field back. Empty: the same request may be sent again.
+    """
+
+    message: str
+    values: dict[str, Any] = {}
+    changes: dict[str, Any] = {}
+
+
 class JobError(msgspec.Struct, frozen=True, kw_only=True):
-    """Why a job failed: data, not an exception. `message` is the English template, `values` fill it."""
+    """Why a job failed: data, not an exception. `message` and `cause` are English templates, `values` fill both.
+
+    `message` says what happened, `cause` why (`jobs.diagnosis`). `evidence` are lines of the trainer's log and of what the
+    machine says, without secrets and without texts of rows: for the owner of the job.
+    """
 
     code: str
     message: str
     param: str | None = None
     values: dict[str, Any] = {}
+    cause: str = ""
+    evidence: str = ""
+    suggestion: Suggestion | None = None
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):
