@@ -5,6 +5,7 @@ under `ATTENTION`) give every token the row that it belongs to. So nothing is pa
 the same matrix products.
 """
 
+import inspect
 from typing import Any, NamedTuple
 
 import torch
@@ -129,6 +130,9 @@ class GeneralDecoder:
         self._segments: list[Segment] = []
         self.device = str(model.device)
         self.dtype = model.dtype
+        # Releases of transformers before 5.24 call it past_key_values, as some models of later ones do.
+        named = inspect.signature(model.forward).parameters
+        self._cache_name = "cache" if "cache" in named else "past_key_values"
         config = model.config.get_text_config()
         self._n_layers: int = config.num_hidden_layers
         self.n_embeddings: int = model.get_input_embeddings().weight.shape[0]  # type: ignore[union-attr]
@@ -164,7 +168,7 @@ class GeneralDecoder:
             output = self._model(
                 input_ids=batch.input_ids_T[None],
                 position_ids=batch.positions_T[None],
-                past_key_values=_StepCache(step, self._n_layers),
+                **{self._cache_name: _StepCache(step, self._n_layers)},
                 use_cache=True,
                 logits_to_keep=batch.wanted_W,
                 tunewright_step=step,
