@@ -40,7 +40,11 @@ _USUAL_WARMUP = 0.05
 _NUMBER = re.compile(r"[+-]?[0-9]{1,15}(\.[0-9]{1,15})?")
 """Some clients send numbers as text. Plain decimals only: '1e-4' is more often a slip than a wish."""
 
-_Reader = Callable[[str, Any], int | float]
+_PRECISIONS = ("float32", "bfloat16")
+_SWITCH = ("on", "off")
+_MICRO_BATCH_TOKENS = (64, 65536)
+
+_Reader = Callable[[str, Any], int | float | str]
 
 
 def parse(values: Mapping[str, Any] | None, *, method: str, context_tokens: int) -> dict[str, int | float | str]:
@@ -99,6 +103,9 @@ def resolve(
         warmup_ratio=float(chosen("warmup_ratio", _USUAL_WARMUP)),
         weight_decay=float(chosen("weight_decay", 0.0)),
         beta=float(chosen("beta", DPO_BETA)) if method == "dpo" else None,
+        precision=chosen("precision", AUTO),
+        activation_checkpointing=chosen("activation_checkpointing", AUTO),
+        micro_batch_tokens=chosen("micro_batch_tokens", None),
     )
 
 
@@ -112,6 +119,9 @@ def _readers(method: str, context_tokens: int) -> dict[str, _Reader]:
         "max_length": partial(_whole, 16, context_tokens),
         "warmup_ratio": partial(_fraction, 0.0, 0.5, True),
         "weight_decay": partial(_fraction, 0.0, 1.0, True),
+        "precision": partial(_word, _PRECISIONS),
+        "activation_checkpointing": partial(_word, _SWITCH),
+        "micro_batch_tokens": partial(_whole, *_MICRO_BATCH_TOKENS),
     }
     if method == "dpo":
         readers["beta"] = partial(_fraction, 0.0, 2.0, False)
@@ -148,6 +158,19 @@ def _fraction(least: float, most: float, least_allowed: bool, param: str, value:
     )
     raise InvalidRequest(
         "invalid_value", sentence, param=param, field=param, least=least, most=most, value=quote(value)
+    )
+
+
+def _word(known: tuple[str, ...], param: str, value: Any) -> str:
+    if isinstance(value, str) and value in known:
+        return value
+    raise InvalidRequest(
+        "invalid_value",
+        mark("{field} must be one of {known} or 'auto', not {value}."),
+        param=param,
+        field=param,
+        known=", ".join(known),
+        value=quote(value),
     )
 
 

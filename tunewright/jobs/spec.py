@@ -26,7 +26,10 @@ MANIFEST = "MANIFEST.json"
 
 
 class Hyperparameters(msgspec.Struct, frozen=True, kw_only=True):
-    """Resolved numbers; nothing is 'auto' any more. `batch_size` counts rows per optimizer step."""
+    """Resolved numbers. `batch_size` counts rows per optimizer step.
+
+    The last three say how it is computed, not what; where they are open ('auto', None) the trainer measures and chooses.
+    """
 
     n_epochs: int
     batch_size: int
@@ -38,6 +41,12 @@ class Hyperparameters(msgspec.Struct, frozen=True, kw_only=True):
     warmup_ratio: float = 0.05
     weight_decay: float = 0.0
     beta: float | None = None
+    precision: str = "auto"
+    """auto, float32 or bfloat16: of the base; what is trained is float32 in any case."""
+    activation_checkpointing: str = "auto"
+    """auto, on or off."""
+    micro_batch_tokens: int | None = None
+    """Tokens of one forward pass."""
 
 
 class DataChoice(msgspec.Struct, frozen=True, kw_only=True):
@@ -80,6 +89,8 @@ class TrainingSpec(msgspec.Struct, frozen=True, kw_only=True):
     seed: int
     threads: int
     """0 lets the trainer measure how many are best."""
+    memory_limit_bytes: int = 0
+    """What the trainer may take in all; 0 lets it look at what is free."""
     checkpoint_every_s: float
     max_line_bytes: int
     token_cache: str | None = None
