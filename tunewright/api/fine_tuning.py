@@ -26,7 +26,17 @@ MOST_JOBS = 100
 MOST_EVENTS = 1000
 MOST_CHECKPOINTS = 100
 
-_EXTRAS = ("lora_rank", "lora_alpha", "max_length", "warmup_ratio", "weight_decay", "beta")
+_EXTRAS = (
+    "lora_rank",
+    "lora_alpha",
+    "max_length",
+    "warmup_ratio",
+    "weight_decay",
+    "beta",
+    "precision",
+    "activation_checkpointing",
+    "micro_batch_tokens",
+)
 """Hyperparameters that are also taken at the top level of the body, where `extra_body` of an SDK puts them."""
 _Text = Annotated[Any, WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "null"}]})]
 _Number = Annotated[Any, WithJsonSchema({"anyOf": [{"type": "number"}, {"type": "null"}]})]
@@ -68,6 +78,9 @@ class CreateBody(BaseModel):
     warmup_ratio: _Hyperparameter = None
     weight_decay: _Hyperparameter = None
     beta: _Hyperparameter = None
+    precision: _Text = None
+    activation_checkpointing: _Text = None
+    micro_batch_tokens: _Hyperparameter = None
 
     @model_validator(mode="before")
     @classmethod

@@ -251,6 +251,14 @@ class JobService:
             )
         return found[:limit], len(found) > limit
 
+    def trainings(self, project_id: str, model: str) -> tuple[Base, tuple[tuple[str, str], ...]]:
+        """The base of `model`, and (method, training type) of what can be trained from it.
+
+        Raises NotFound(`base_not_found`), InvalidRequest(`model_not_tunable`, `model_not_pulled`).
+        """
+        base, tuned = self._tunable(project_id, model)
+        return base, tuple(creation.offered(base, tuned))
+
     def _tunable(self, project_id: str, model: str) -> tuple[Base, TunedModel | None]:
         """The base, and the tuned model to continue from."""
         try:
