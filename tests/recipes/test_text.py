@@ -37,7 +37,7 @@ from tunewright.jobs.spec import (
     Started,
     Stopped,
 )
-from tunewright.recipes import adapters, flattened, text
+from tunewright.recipes import adapters, flattened, saving, text
 
 
 def finished(found: list[JournalRecord]) -> Finished:
@@ -155,7 +155,7 @@ def test_a_corrupt_checkpoint_is_passed_over(tmp_path: Path, base: Path) -> None
     whole = train_here(write_job(tmp_path / "whole", base))
     spec = write_job(tmp_path / "job", base, checkpoint_every_s=1e-6)
     train_here(spec, stop_at=6)
-    damaged = tmp_path / "job" / "checkpoints" / "step-6" / text.OPTIMIZER
+    damaged = tmp_path / "job" / "checkpoints" / "step-6" / saving.OPTIMIZER
     content = bytearray(damaged.read_bytes())
     content[-5] ^= 1
     damaged.write_bytes(content)

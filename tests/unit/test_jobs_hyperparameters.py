@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from tunewright.errors import InvalidRequest
 from tunewright.jobs.hyperparameters import BASE_LEARNING_RATE, DPO_LEARNING_RATE, parse, resolve
-from tunewright.jobs.spec import Hyperparameters
+from tunewright.jobs.spec import EarlyStopping, Hyperparameters
 
 AUTO = {"n_epochs": "auto", "batch_size": "auto", "learning_rate_multiplier": "auto"}
 
@@ -45,12 +45,9 @@ def test_nothing_asked_is_auto(values: dict[str, Any] | None) -> None:
         ("warmup_ratio", 0, 0.0),
         ("warmup_ratio", 0.5, 0.5),
         ("weight_decay", "0.1", 0.1),
-        ("precision", "bfloat16", "bfloat16"),
-        ("activation_checkpointing", "off", "off"),
-        ("micro_batch_tokens", "2048", 2048),
     ],
 )
-def test_values_that_are_taken(name: str, value: Any, meaning: float | str) -> None:
+def test_values_that_are_taken(name: str, value: Any, meaning: float) -> None:
     assert asked(**{name: value})[name] == meaning
     assert type(asked(**{name: value})[name]) is type(meaning)
 
@@ -74,28 +71,6 @@ def test_values_that_are_refused_with_the_range(name: str, value: Any) -> None:
     error = caught.value
     assert (error.code, error.param) == ("invalid_value", f"hyperparameters.{name}")
     assert str(error.values["most"]) in error.text("en") and error.text("zh") != error.text("en")
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "known"),
-    [
-        *(("precision", v, "float32, bfloat16") for v in ("bf16", "float16", 32, "", ["float32"])),
-        *(("activation_checkpointing", v, "on, off") for v in (True, False, "yes", 1)),
-    ],
-)
-def test_words_that_are_refused_with_the_known_ones(name: str, value: Any, known: str) -> None:
-    with pytest.raises(InvalidRequest) as caught:
-        asked(**{name: value})
-    error = caught.value
-    assert (error.code, error.param) == ("invalid_value", f"hyperparameters.{name}")
-    assert known in error.text("en") and error.text("zh") != error.text("en")
-
-
-def test_how_it_is_computed_is_left_open_or_asked_for() -> None:
-    found = resolved(100)
-    assert (found.precision, found.activation_checkpointing, found.micro_batch_tokens) == ("auto", "auto", None)
-    found = resolved(100, precision="float32", activation_checkpointing="on", micro_batch_tokens=512)
-    assert (found.precision, found.activation_checkpointing, found.micro_batch_tokens) == ("float32", "on", 512)
 
 
 def test_a_long_value_is_quoted_short() -> None:
@@ -167,3 +142,63 @@ def test_auto_is_always_inside_the_ranges(rows: int) -> None:
     assert again["n_epochs"] == found.n_epochs
     steps = -(-rows // found.batch_size) * found.n_epochs
     assert steps >= min(60, 10 * rows)
+
+
+@pytest.mark.parametrize(
+    ("value", "meaning"),
+    [
+        (True, {"patience": 3, "min_delta": 0.0}),
+        ({}, {"patience": 3, "min_delta": 0.0}),
+        ({"patience": "2", "min_delta": 0.5}, {"patience": 2, "min_delta": 0.5}),
+        ({"min_delta": None}, {"patience": 3, "min_delta": 0.0}),
+        (False, None),
+        ("auto", None),
+    ],
+)
+def test_early_stopping_in_every_spelling(value: Any, meaning: dict[str, Any] | None) -> None:
+    assert asked(early_stopping=value).get("early_stopping") == meaning
+    found = resolved(10, early_stopping=value).early_stopping
+    assert found == (None if meaning is None else EarlyStopping(**meaning))
+
+
+@pytest.mark.parametrize(
+    ("value", "param"),
+    [
+        (3, "early_stopping"),
+        ("yes", "early_stopping"),
+        ([], "early_stopping"),
+        ({"patients": 3}, "early_stopping"),
+        ({"patience": 0}, "early_stopping.patience"),
+        ({"patience": True}, "early_stopping.patience"),
+        ({"min_delta": -1}, "early_stopping.min_delta"),
+        ({"min_delta": float("nan")}, "early_stopping.min_delta"),
+    ],
+)
+def test_early_stopping_that_is_refused(value: Any, param: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        asked(early_stopping=value)
+    assert caught.value.param == f"hyperparameters.{param}"
+
+
+@pytest.mark.parametrize(
+    ("rows", "validation_rows", "batch_size", "steps"),
+    [
+        (1000, 0, 1, None),
+        (99, 5, 1, None),
+        (100, 5, 1, 50),
+        (10_000, 60, 1, 200),
+        (10_000, 60, 10, 50),
+        (1000, 200, 1, None),
+    ],
+)
+def test_long_epochs_are_measured_within(rows: int, validation_rows: int, batch_size: int, steps: int | None) -> None:
+    requested = asked(batch_size=batch_size)
+    found = resolve(
+        requested,
+        rows=rows,
+        training_type="lora",
+        method="supervised",
+        context_tokens=2048,
+        validation_rows=validation_rows,
+    )
+    assert found.eval_steps == steps

@@ -134,8 +134,7 @@ class _Replies:
     def _add(self, reply: EngineReply) -> None:
         last = self._pending[-1] if self._pending else None
         if isinstance(reply, TokenText) and isinstance(last, TokenText):
-            scores = last.scores + reply.scores
-            self._pending[-1] = TokenText(text=last.text + reply.text, n_tokens=reply.n_tokens, scores=scores)
+            self._pending[-1] = TokenText(text=last.text + reply.text, n_tokens=reply.n_tokens)
         else:
             self._pending.append(reply)
         self._news.set()

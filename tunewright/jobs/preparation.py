@@ -68,6 +68,7 @@ class Preparation:
             training_type=job.training_type,
             method=job.method,
             context_tokens=base.context_tokens,
+            validation_rows=choice.validation.rows if choice.validation else 0,
         )
         return Prepared(hyperparameters, choice)
 

@@ -25,11 +25,15 @@ MANIFEST = "MANIFEST.json"
 """Of a result that is a whole model: `files` is name -> sha256 of every other file."""
 
 
-class Hyperparameters(msgspec.Struct, frozen=True, kw_only=True):
-    """Resolved numbers. `batch_size` counts rows per optimizer step.
+class EarlyStopping(msgspec.Struct, frozen=True, kw_only=True):
+    """Training ends when in `patience` evaluations in a row the validation loss did not fall by more than `min_delta`."""
 
-    The last three say how it is computed, not what; where they are open ('auto', None) the trainer measures and chooses.
-    """
+    patience: int = 3
+    min_delta: float = 0.0
+
+
+class Hyperparameters(msgspec.Struct, frozen=True, kw_only=True):
+    """Resolved numbers; nothing is 'auto' any more. `batch_size` counts rows per optimizer step."""
 
     n_epochs: int
     batch_size: int
@@ -41,12 +45,9 @@ class Hyperparameters(msgspec.Struct, frozen=True, kw_only=True):
     warmup_ratio: float = 0.05
     weight_decay: float = 0.0
     beta: float | None = None
-    precision: str = "auto"
-    """auto, float32 or bfloat16: of the base; what is trained is float32 in any case."""
-    activation_checkpointing: str = "auto"
-    """auto, on or off."""
-    micro_batch_tokens: int | None = None
-    """Tokens of one forward pass."""
+    eval_steps: int | None = None
+    """The validation rows are looked at every so many steps, besides the end of each epoch. None: only there."""
+    early_stopping: EarlyStopping | None = None
 
 
 class DataChoice(msgspec.Struct, frozen=True, kw_only=True):
@@ -89,8 +90,6 @@ class TrainingSpec(msgspec.Struct, frozen=True, kw_only=True):
     seed: int
     threads: int
     """0 lets the trainer measure how many are best."""
-    memory_limit_bytes: int = 0
-    """What the trainer may take in all; 0 lets it look at what is free."""
     checkpoint_every_s: float
     max_line_bytes: int
     token_cache: str | None = None
@@ -148,6 +147,11 @@ class Checkpoint(msgspec.Struct, frozen=True, kw_only=True, tag="checkpoint"):
     path: str
     """Relative to the work folder."""
     metrics: dict[str, Any]
+    kept: list[int] | None = None
+    """The steps of all checkpoints that are there now, this one among them; None: all that there ever were."""
+    adapter_sha256: str | None = None
+    """Of its adapter's weights; None if it holds a whole model."""
+    renderer_hash: str | None = None
 
 
 class Note(msgspec.Struct, frozen=True, kw_only=True, tag="note"):
@@ -166,6 +170,8 @@ class Finished(msgspec.Struct, frozen=True, kw_only=True, tag="finished"):
     final_loss: float | None
     adapter_sha256: str
     """Of `result/adapter_model.safetensors`; of a whole model that of `result/MANIFEST.json`, which has those of the rest."""
+    step: int | None = None
+    """Whose weights they are; None: of the last one."""
 
 
 class Failed(msgspec.Struct, frozen=True, kw_only=True, tag="failed"):

@@ -4,6 +4,7 @@ A folder holds `adapter_model.safetensors` (keys `base_model.model.{module}.lora
 """
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,15 @@ WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 _NAME = "default"
 _MAX_CONFIG_BYTES = 2**20
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Shape of an adapter."""
+
+    rank: int
+    alpha: int
+    targets: list[str]
 
 
 def linear_names(model: Any) -> list[str]:

@@ -4,9 +4,10 @@
       adapter_model.safetensors, adapter_config.json   the adapter, loadable by PEFT as it is
       optimizer.safetensors     AdamW's moments, `exp_avg.{name}` and `exp_avg_sq.{name}`
       state.json                counters, metrics, random number states
-      MANIFEST.json             step, identity of the training, sha256 of every other file
+      MANIFEST.json             step, identity of the training, its standing, sha256 of every other file
 
-A checkpoint is prepared in a hidden folder and becomes visible by one rename. No pickle anywhere.
+A checkpoint is prepared in a hidden folder and becomes visible by one rename. No pickle anywhere. Kept are the newest three,
+the one with the lowest validation loss and, of adapters, the ends of the last three epochs.
 """
 
 import errno
@@ -28,14 +29,23 @@ from tunewright.jobs.spec import TrainingSpec
 MANIFEST = "MANIFEST.json"
 STATE = "state.json"
 KEPT = 3
+"""So many of the newest stay, in case the last one is damaged."""
+_EPOCHS_KEPT = {"lora": 3, "full": 0}
 _FORMAT = 1
 _HIDDEN = ".prepare-"
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
+class Standing(msgspec.Struct, frozen=True):
+    """What decides how long a checkpoint stays. `validation_loss` is None where it was not measured at this step."""
+
+    validation_loss: float | None = None
+    ends_epoch: bool = False
+
+
 def newest_step(folder: Path) -> int:
     """The highest step with a published checkpoint in the job's folder; 0, the start, needs none."""
-    return max(_steps(folder), default=0)
+    return max(steps(folder), default=0)
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
@@ -43,8 +53,14 @@ def checkpoint_path(folder: Path, step: int) -> Path:
     return folder / "checkpoints" / f"step-{step}"
 
 
-def publish(spec: TrainingSpec, step: int, write: Callable[[Path], None], before_rename: Callable[[], None]) -> None:
-    """Let `write` fill a folder, seal it with a manifest and publish it as `step`; then drop all but the newest `KEPT`.
+def publish(
+    spec: TrainingSpec,
+    step: int,
+    write: Callable[[Path], None],
+    before_rename: Callable[[], None],
+    standing: Standing | None = None,
+) -> None:
+    """Let `write` fill a folder, seal it with a manifest and publish it as `step`; then drop those that have had their day.
 
     `before_rename` may raise to forbid it. Nothing is left behind on any error. `is_disk_full` knows those of a full disk.
     """
@@ -60,6 +76,7 @@ def publish(spec: TrainingSpec, step: int, write: Callable[[Path], None], before
             "format": _FORMAT,
             "step": step,
             "training": _identity(spec),
+            "standing": msgspec.to_builtins(standing or Standing()),
             "files": {path.name: sha256_of(path) for path in sorted(prepared.iterdir())},
         }
         (prepared / MANIFEST).write_text(json.dumps(manifest, indent=1), "utf-8")
@@ -67,8 +84,18 @@ def publish(spec: TrainingSpec, step: int, write: Callable[[Path], None], before
         publish_folder(prepared, final)
     finally:
         shutil.rmtree(prepared, ignore_errors=True)
-    for old in sorted(_steps(folder))[:-KEPT]:
+    for old in set(steps(folder)) - kept({n: _standing(folder, n) for n in steps(folder)}, spec.training_type):
         shutil.rmtree(checkpoint_path(folder, old), ignore_errors=True)
+
+
+def kept(standings: dict[int, Standing], training_type: str) -> set[int]:
+    """Of these steps, those whose checkpoints stay. The newest is always among them, and so is the best."""
+    newest_first = sorted(standings, reverse=True)
+    epochs = [step for step in newest_first if standings[step].ends_epoch]
+    stay = set(newest_first[:KEPT]) | set(epochs[: _EPOCHS_KEPT.get(training_type, 0)])
+    losses = [(standing.validation_loss, step) for step, standing in standings.items()]
+    best = min(((loss, step) for loss, step in losses if loss is not None), default=None)
+    return stay if best is None else stay | {best[1]}
 
 
 def newest_verified(spec: TrainingSpec, on_corrupt: Callable[[int], None]) -> Path | None:
@@ -80,15 +107,26 @@ def newest_verified(spec: TrainingSpec, on_corrupt: Callable[[int], None]) -> Pa
     folder = Path(spec.work_folder)
     for leftover in (folder / "checkpoints").glob(_HIDDEN + "*"):
         shutil.rmtree(leftover, ignore_errors=True)
-    for step in sorted(_steps(folder), reverse=True):
+    for step in reversed(steps(folder)):
         path = checkpoint_path(folder, step)
-        if _verified(path, step, spec):
+        if _is_whole(path, step, spec):
             return path
         aside = path.with_name(f"corrupt-step-{step}-{spec.attempt}")
         shutil.rmtree(aside, ignore_errors=True)
         path.rename(aside)
         on_corrupt(step)
     return None
+
+
+def verified(spec: TrainingSpec, step: int) -> Path | None:
+    """The checkpoint of `step` if it is complete, unchanged and of this very training."""
+    path = checkpoint_path(Path(spec.work_folder), step)
+    return path if _is_whole(path, step, spec) else None
+
+
+def sha256_in(folder: Path, step: int, name: str) -> str:
+    """What the manifest of a published checkpoint says of one of its files."""
+    return json.loads((checkpoint_path(folder, step) / MANIFEST).read_text("utf-8"))["files"][name]
 
 
 def is_disk_full(error: BaseException) -> bool:
@@ -110,9 +148,18 @@ def read_state(folder: Path) -> dict[str, Any]:
     return state
 
 
-def _steps(folder: Path) -> list[int]:
+def steps(folder: Path) -> list[int]:
+    """The steps with a published checkpoint in the job's folder, ascending."""
     names = [path.name.removeprefix("step-") for path in (folder / "checkpoints").glob("step-*")]
-    return [int(name) for name in names if name.isdecimal()]
+    return sorted(int(name) for name in names if name.isdecimal())
+
+
+def _standing(folder: Path, step: int) -> Standing:
+    try:
+        manifest = json.loads((checkpoint_path(folder, step) / MANIFEST).read_text("utf-8"))
+        return msgspec.convert(manifest["standing"], Standing)
+    except (OSError, ValueError, KeyError, TypeError):  # damaged, or of an earlier release
+        return Standing()
 
 
 def _identity(spec: TrainingSpec) -> str:
@@ -130,7 +177,7 @@ def _identity(spec: TrainingSpec) -> str:
     return hashlib.sha256(msgspec.json.encode(parts, order="sorted")).hexdigest()
 
 
-def _verified(path: Path, step: int, spec: TrainingSpec) -> bool:
+def _is_whole(path: Path, step: int, spec: TrainingSpec) -> bool:
     try:
         manifest = json.loads((path / MANIFEST).read_text("utf-8"))
         expected = dict(manifest["files"])

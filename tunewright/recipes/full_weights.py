@@ -31,13 +31,14 @@ def train_all(model: Any) -> dict[str, torch.nn.Parameter]:
     return dict(model.named_parameters())
 
 
-def require_room(folder: Path, parameters: dict[str, torch.nn.Parameter]) -> None:
+def require_room(folder: Path, parameters: dict[str, torch.nn.Parameter], *, evaluated: bool) -> None:
     """Raises InvalidRequest(`insufficient_storage`) unless checkpoints and result fit on the disk of `folder`.
 
-    One checkpoint more than are kept, because the oldest goes after the newest has come. Those that lie there count as room.
+    One checkpoint more than are kept, because the oldest goes after the newest has come; and the best one, where validation
+    rows tell it (`evaluated`). Those that lie there count as room.
     """
     numbers = sum(parameter.numel() for parameter in parameters.values())
-    needed = numbers * (_BYTES_OF_CHECKPOINT * (KEPT + 1) + _BYTES_OF_RESULT)
+    needed = numbers * (_BYTES_OF_CHECKPOINT * (KEPT + 1 + evaluated) + _BYTES_OF_RESULT)
     there = sum(path.stat().st_size for path in (folder / "checkpoints").glob("step-*/*"))
     free = shutil.disk_usage(folder).free + there
     if free < needed:

@@ -23,7 +23,7 @@ from torch.nn import functional
 from tunewright.jobs.spec import Finished
 from tunewright.recipes import flattened, packing, text
 from tunewright.recipes.attempt import Attempt
-from tunewright.recipes.text import Progress
+from tunewright.recipes.evaluation import Progress
 
 REFERENCE = "reference.safetensors"
 """A checkpoint's file of what the model before said: `train` and perhaps `validation`, float64 (rows,)."""
@@ -140,12 +140,14 @@ class PreferenceTraining(text.Training):
         self.reference = load_file(folder / REFERENCE)
 
     def _checkpoint_metrics(self, progress: Progress) -> dict[str, float | None]:
+        validation = {
+            "loss": progress.eval_loss,
+            "reward_accuracy": progress.eval_accuracy,
+            "reward_margin": progress.eval_margin,
+        }
         return {
             "step": progress.step,
             "train_loss": progress.loss,
             "train_reward_accuracy": progress.accuracy,
             "train_reward_margin": progress.margin,
-            "full_valid_loss": progress.eval_loss,
-            "full_valid_reward_accuracy": progress.eval_accuracy,
-            "full_valid_reward_margin": progress.eval_margin,
-        }
+        } | text.of_validation(validation, progress)

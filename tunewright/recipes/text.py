@@ -7,10 +7,9 @@
 """
 
 import math
-import shutil
 from collections import deque
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,15 +18,15 @@ import numpy as np
 import torch
 import transformers
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
 from tunewright.clock import mono_s
 from tunewright.errors import InvalidRequest
-from tunewright.files_on_disk import publish_folder, sha256_of
 from tunewright.i18n import mark
-from tunewright.jobs.spec import MANIFEST, Checkpoint, Finished, Metrics, Started
-from tunewright.recipes import adapters, checkpoints, flattened, full_weights, job_rows, packing
-from tunewright.recipes.attempt import UNFINISHED_RESULT, Attempt, StopRequested
+from tunewright.jobs.spec import Checkpoint, Finished, Metrics, Started
+from tunewright.recipes import adapters, checkpoints, evaluation, flattened, full_weights, job_rows, packing, saving
+from tunewright.recipes.adapters import Lora
+from tunewright.recipes.attempt import Attempt, StopRequested
+from tunewright.recipes.evaluation import Progress
 from tunewright.recipes.memory import is_out_of_memory
 from tunewright.recipes.threads import choose_threads
 from tunewright.rendering.renderer import renderer_of
@@ -37,37 +36,8 @@ TOKEN_BUDGET = 1024
 FINAL_LEARNING_RATE = 0.1
 """Part of the peak learning rate at which the cosine ends."""
 CLIP_NORM = 1.0
-OPTIMIZER = "optimizer.safetensors"
-_MOMENTS = ("exp_avg", "exp_avg_sq")
 _SPEED_STEPS = 20
 _Done = TypeVar("_Done")
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far the training is: all of it lies in a checkpoint. Losses are those of the last step and evaluation.
-
-    Margins are of preference training only.
-    """
-
-    step: int = 0
-    tokens: int = 0
-    elapsed_s: float = 0.0
-    loss: float | None = None
-    accuracy: float | None = None
-    eval_loss: float | None = None
-    eval_accuracy: float | None = None
-    margin: float | None = None
-    eval_margin: float | None = None
-
-
-@dataclass(frozen=True)
-class Lora:
-    """Shape of the adapter."""
-
-    rank: int
-    alpha: int
-    targets: list[str]
 
 
 def train(attempt: Attempt) -> Finished:
@@ -134,7 +104,7 @@ class Training:
         self.lora = None if full else self._add_adapter()
         self.parameters = full_weights.train_all(self.model) if full else adapters.adapter_parameters(self.model)
         if full:
-            full_weights.require_room(attempt.folder, self.parameters)
+            full_weights.require_room(attempt.folder, self.parameters, evaluated=self.validation is not None)
         self.optimizer = torch.optim.AdamW(
             self.parameters.values(),
             lr=self.wanted.learning_rate,
@@ -143,6 +113,7 @@ class Training:
             weight_decay=self.wanted.weight_decay,
             fused=True,
         )
+        self.trained = saving.Trained(self.spec, self.model, self.parameters, self.lora)
 
     def run(self) -> Finished:
         """Start or resume, train, save."""
@@ -150,10 +121,12 @@ class Training:
         self.saved_step = progress.step
         self._write_started(progress)
         progress = self._loop(progress)
+        step = self._choose_step(progress)
         return Finished(
-            trained_tokens=self.rows.n_tokens * self.wanted.n_epochs,
+            trained_tokens=progress.tokens,
             final_loss=progress.loss,
-            adapter_sha256=self._publish_result(),
+            adapter_sha256=self.trained.publish_result(self.attempt.check_fence),
+            step=step,
         )
 
     # --- model ---
@@ -229,7 +202,7 @@ class Training:
         saved_at = began
         marks = deque([(began, progress.tokens)], maxlen=_SPEED_STEPS)
         order, order_epoch = np.empty(0), -1
-        while progress.step < self.total_steps:
+        while progress.step < self.total_steps and not evaluation.is_enough(progress, self.wanted.early_stopping):
             epoch, place = divmod(progress.step, self.steps_per_epoch)
             if epoch != order_epoch:
                 order, order_epoch = packing.epoch_order(self.rows.n_examples, self.spec.seed, epoch), epoch
@@ -240,17 +213,24 @@ class Training:
             except StopRequested:
                 self._save(progress)
                 raise
-            ends_epoch = place + 1 == self.steps_per_epoch
-            if ends_epoch and self.validation is not None:
+            if self.validation is not None and evaluation.is_due(
+                progress.step, self.steps_per_epoch, self.wanted.eval_steps
+            ):
                 progress = self._evaluate(progress, self.validation)
+                progress = evaluation.judged(progress, self.wanted.early_stopping)
             now = mono_s()
             progress = replace(progress, elapsed_s=elapsed_before + now - began)
             marks.append((now, progress.tokens))
-            self._write_metrics(progress, evaluated=ends_epoch, marks=marks)
-            if ends_epoch or now - saved_at >= self.spec.checkpoint_every_s:
+            self._write_metrics(progress, marks)
+            if self._is_worth_keeping(progress) or now - saved_at >= self.spec.checkpoint_every_s:
                 self._save(progress)
                 saved_at = mono_s()
         return progress
+
+    def _is_worth_keeping(self, progress: Progress) -> bool:
+        """Whether a checkpoint is due whatever the clock says."""
+        ends = progress.step % self.steps_per_epoch == 0
+        return ends or progress.is_best or evaluation.is_enough(progress, self.wanted.early_stopping)
 
     def _within_memory(self, work: Callable[[], _Done]) -> _Done:
         """What `work` returns, an optimizer step for example; if memory runs out for the first time, it is done again with
@@ -312,7 +292,7 @@ class Training:
         mean = total / rows.n_trained
         return replace(progress, eval_loss=mean if math.isfinite(mean) else None, eval_accuracy=right / rows.n_trained)
 
-    def _write_metrics(self, progress: Progress, *, evaluated: bool, marks: deque[tuple[float, int]]) -> None:
+    def _write_metrics(self, progress: Progress, marks: deque[tuple[float, int]]) -> None:
         (first_s, first_tokens), (last_s, last_tokens) = marks[0], marks[-1]
         to_do = self.rows.n_tokens * self.wanted.n_epochs - progress.tokens
         self.attempt.write(
@@ -326,10 +306,10 @@ class Training:
                 tokens=progress.tokens,
                 elapsed_s=progress.elapsed_s,
                 remaining_s=to_do * (last_s - first_s) / (last_tokens - first_tokens),
-                eval_loss=progress.eval_loss if evaluated else None,
-                eval_accuracy=progress.eval_accuracy if evaluated else None,
+                eval_loss=progress.eval_loss if progress.evaluated else None,
+                eval_accuracy=progress.eval_accuracy if progress.evaluated else None,
                 reward_margin=progress.margin,
-                eval_reward_margin=progress.eval_margin if evaluated else None,
+                eval_reward_margin=progress.eval_margin if progress.evaluated else None,
             )
         )
 
@@ -342,24 +322,20 @@ class Training:
         self._require_finite(progress.step)
 
         def write(folder: Path) -> None:
-            if self.lora is None:
-                full_weights.write_checkpoint(folder, self.parameters)
-            else:
-                self._write_adapter(folder, self.lora)
-            moments = {
-                f"{moment}.{name}": self.optimizer.state[parameter][moment].cpu()
-                for name, parameter in self.parameters.items()
-                for moment in _MOMENTS
-            }
-            save_file(moments, folder / OPTIMIZER)
+            self.trained.write_weights(folder)
+            saving.write_moments(folder, self.parameters, self.optimizer)
             epoch, place = divmod(progress.step, self.steps_per_epoch)
             position = {"epoch": epoch, "row": place * self.wanted.batch_size}
             checkpoints.write_state(folder, {"progress": asdict(progress), "position": position})
             self._write_more(folder)
 
         self.attempt.journal.sync()  # the steps that a resumed training will not repeat
+        standing = checkpoints.Standing(
+            validation_loss=progress.eval_loss if progress.evaluated else None,
+            ends_epoch=progress.step % self.steps_per_epoch == 0,
+        )
         try:
-            checkpoints.publish(self.spec, progress.step, write, self.attempt.check_fence)
+            checkpoints.publish(self.spec, progress.step, write, self.attempt.check_fence, standing)
         except (OSError, SafetensorError) as error:
             if not checkpoints.is_disk_full(error):
                 raise
@@ -373,16 +349,26 @@ class Training:
     def _write_checkpoint_record(self, progress: Progress) -> None:
         path = checkpoints.checkpoint_path(Path(), progress.step)
         known = {name: value for name, value in self._checkpoint_metrics(progress).items() if value is not None}
-        self.attempt.write(Checkpoint(step=progress.step, path=str(path), metrics=known))
+        self.attempt.write(
+            Checkpoint(
+                step=progress.step,
+                path=str(path),
+                metrics=known,
+                kept=checkpoints.steps(self.attempt.folder),
+                adapter_sha256=None
+                if self.lora is None
+                else checkpoints.sha256_in(self.attempt.folder, progress.step, adapters.WEIGHTS),
+                renderer_hash=self.renderer.hash,
+            )
+        )
 
     def _checkpoint_metrics(self, progress: Progress) -> dict[str, float | None]:
+        validation = {"loss": progress.eval_loss, "mean_token_accuracy": progress.eval_accuracy}
         return {
             "step": progress.step,
             "train_loss": progress.loss,
             "train_mean_token_accuracy": progress.accuracy,
-            "full_valid_loss": progress.eval_loss,
-            "full_valid_mean_token_accuracy": progress.eval_accuracy,
-        }
+        } | of_validation(validation, progress)
 
     def _write_more(self, folder: Path) -> None:
         """What else a method keeps in its checkpoints."""
@@ -403,39 +389,51 @@ class Training:
         folder = checkpoints.newest_verified(self.spec, corrupt)
         if folder is None:
             return Progress()
-        weights = full_weights.CHECKPOINT_WEIGHTS if self.lora is None else adapters.WEIGHTS
-        adapters.load_adapter(self.parameters, load_file(folder / weights))
+        self.trained.read_weights(folder)
         progress = Progress(**checkpoints.read_state(folder)["progress"])
-        moments = load_file(folder / OPTIMIZER)
-        for name, parameter in self.parameters.items():
-            state = {moment: moments[f"{moment}.{name}"].to(self.device) for moment in _MOMENTS}
-            self.optimizer.state[parameter] = {"step": torch.tensor(float(progress.step), device=self.device), **state}
+        saving.read_moments(folder, self.parameters, self.optimizer, progress.step)
         self._read_more(folder)
         self._write_checkpoint_record(progress)  # its first record may have died with the attempt that saved it
         return progress
 
-    def _publish_result(self) -> str:
-        """Publish `result/`; returns the sha256 of the adapter's weights, or of the manifest of a whole model."""
-        self._require_finite(self.total_steps)
-        final = self.attempt.folder / "result"
-        prepared = self.attempt.folder / UNFINISHED_RESULT
-        shutil.rmtree(prepared, ignore_errors=True)
-        prepared.mkdir()
-        if self.lora is None:
-            full_weights.write_result(prepared, self.model, Path(self.spec.base_path), self.spec.base_code)
-        else:
-            self._write_adapter(prepared, self.lora)
-        self.attempt.check_fence()
-        if final.exists():  # of an attempt that died before its last record
-            shutil.rmtree(final)
-        publish_folder(prepared, final)
-        return sha256_of(final / (MANIFEST if self.lora is None else adapters.WEIGHTS))
-
-    def _write_adapter(self, folder: Path, lora: Lora) -> None:
-        adapters.write_adapter(folder, self.parameters, base_code=self.spec.base_code, **asdict(lora))
+    def _choose_step(self, progress: Progress) -> int:
+        """The step whose weights are published: with early stopping the best one, whose weights the model then has."""
+        self._require_finite(progress.step)
+        stopping = self.wanted.early_stopping
+        if stopping is not None and evaluation.is_enough(progress, stopping):
+            self.attempt.note(
+                "early_stopped",
+                mark(
+                    "Stopped early at step {step} of {total_steps}: in {patience} evaluations in a row the validation "
+                    "loss did not fall by more than {min_delta}."
+                ),
+                level="info",
+                step=progress.step,
+                total_steps=self.total_steps,
+                patience=stopping.patience,
+                min_delta=stopping.min_delta,
+            )
+        if stopping is None or progress.best_step in (0, progress.step):
+            return progress.step
+        folder = checkpoints.verified(self.spec, progress.best_step)
+        if folder is None:
+            text = mark(
+                "The checkpoint of the best step {best} can't be read; the weights of step {step} are published."
+            )
+            self.attempt.note("best_checkpoint_lost", text, best=progress.best_step, step=progress.step)
+            return progress.step
+        self.trained.read_weights(folder)
+        self.attempt.note(
+            "best_step_published",
+            mark("The weights of step {best} are published: its validation loss was the lowest, {loss}."),
+            level="info",
+            best=progress.best_step,
+            loss=f"{progress.best_loss:.4f}",
+        )
+        return progress.best_step
 
     def _require_finite(self, step: int) -> None:
-        if not all(bool(parameter.isfinite().all()) for parameter in self.parameters.values()):
+        if not self.trained.is_finite():
             raise self._not_finite(step)
 
     def _not_finite(self, step: int) -> InvalidRequest:
@@ -448,6 +446,13 @@ class Training:
             step=step,
             multiplier=self.wanted.learning_rate_multiplier,
         )
+
+
+def of_validation(measured: dict[str, float | None], progress: Progress) -> dict[str, float | None]:
+    """Names of the OpenAI API for what was measured at this very step; there is one evaluation, over all rows."""
+    if not progress.evaluated:
+        return {}
+    return {f"{prefix}_{name}": value for prefix in ("valid", "full_valid") for name, value in measured.items()}
 
 
 def choose_numbers(cuda: bool, cuda_bf16: bool) -> tuple[str, torch.dtype]:

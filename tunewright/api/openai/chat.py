@@ -17,7 +17,6 @@ from tunewright.api.chat import (
     number,
     respond,
     seed,
-    shaping,
     stops,
     wants_usage,
     within,
@@ -75,5 +74,4 @@ def _sampling(body: ChatBody) -> Sampling:
         seed=seed(body.seed),
         max_tokens=limit,
         stop=stops(body.stop),
-        **shaping(body),
     )
