@@ -8,8 +8,18 @@ import httpx
 import pytest
 
 from tests.api.world import PREFIXES, World
-from tunewright.api.chat import ChunkWriter
-from tunewright.completions.vocabulary import ChatRequest, Finish, Sampling, TextDelta, ToolCallDelta, Usage
+from tunewright.api.chat import ChunkWriter, completion_object
+from tunewright.completions.vocabulary import (
+    ChatRequest,
+    Choice,
+    Completion,
+    Finish,
+    Sampling,
+    TextDelta,
+    TokenLogprob,
+    ToolCallDelta,
+    Usage,
+)
 from tunewright.rendering.conversation import Message, ToolCall
 
 CHAT = "/chat/completions"
@@ -170,7 +180,12 @@ async def test_explicit_nulls_are_absent(world: World, client: httpx.AsyncClient
         ("/v1", {"temperature": 2, "top_p": 0.5}, {"temperature": 2.0, "top_p": 0.5}),
         ("/v1", {"temperature": 0, "max_completion_tokens": 7}, {"temperature": 0.0, "max_tokens": 7}),
         ("/v1", {"stop": "x", "seed": -1}, {"stop": ("x",), "seed": 2**63 - 1}),
-        ("/v1", {"stop": [], "n": 1, "logprobs": False, "presence_penalty": 0.0}, {"stop": ()}),
+        ("/v1", {"stop": [], "n": 1, "logprobs": False, "presence_penalty": 0.0}, {"stop": (), "top_logprobs": None}),
+        ("/v1", {"logprobs": True}, {"top_logprobs": 0}),
+        ("/v1", {"logprobs": True, "top_logprobs": 20}, {"top_logprobs": 20}),
+        ("/v1", {"logprobs": False, "top_logprobs": 0}, {"top_logprobs": None}),
+        ("/v1", {"logit_bias": {"7": -100, "8": 0.5}}, {"logit_bias": {7: -100.0, 8: 0.5}}),
+        ("/v1", {"presence_penalty": -2, "frequency_penalty": 2}, {"presence_penalty": -2.0, "frequency_penalty": 2.0}),
         ("/api/paas/v4", {}, {"temperature": 0.75, "top_p": 0.9}),
         ("/api/paas/v4", {"temperature": 1.7, "top_p": 1.7}, {"temperature": 1.0, "top_p": 1.0}),
         ("/api/paas/v4", {"temperature": -1, "top_p": 0}, {"temperature": 0.0, "top_p": 0.01}),
@@ -247,3 +262,53 @@ def test_frames_of_one_writer_share_their_head() -> None:
     assert read[-1]["usage"]["prompt_tokens_details"] == {"cached_tokens": 1}
     assert {chunk["request_id"] for chunk in read} == {"r"}
     assert read[0]["choices"][0]["delta"]["content"] == "é\n\n"
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+async def test_several_choices_come_whole(world: World, client: httpx.AsyncClient, prefix: str) -> None:
+    assert (await understood(world, client, prefix, n=3)).n == 3
+    answer = (await ask(client, prefix, n=3)).json()
+    assert [choice["index"] for choice in answer["choices"]] == [0, 1, 2]
+
+
+def test_frames_of_several_choices_end_with_the_last() -> None:
+    writer = ChunkWriter("m", {}, usage_with_finish=False, usage_chunk=True)
+    usage = Usage(prompt_tokens=3, completion_tokens=4)
+    text = b"".join(
+        writer.frames(delta)
+        for delta in (
+            TextDelta(text="a", choice=1),
+            TextDelta(text="b"),
+            Finish(reason="stop", usage=None, choice=1),
+            Finish(reason="length", usage=usage),
+        )
+    ).decode()
+    *chunks, done = [block.removeprefix("data: ") for block in text.removesuffix("\n\n").split("\n\n")]
+    assert done == "[DONE]" and text.count("[DONE]") == 1
+    found = [json.loads(chunk) for chunk in chunks]
+    assert [chunk["choices"][0]["index"] for chunk in found[:-1]] == [1, 0, 1, 0]
+    assert found[-1]["choices"] == [] and found[-1]["usage"]["total_tokens"] == 7
+
+
+def test_frames_and_answers_carry_logprobs() -> None:
+    top = TokenLogprob(token="b", bytes=[98], logprob=-2.0)
+    scored = TokenLogprob(token="a", bytes=[97], logprob=-0.5, top_logprobs=[top])
+    writer = ChunkWriter("m", {}, usage_with_finish=True, usage_chunk=False)
+    chunk = json.loads(writer.frames(TextDelta(text="a", logprobs=[scored])).removeprefix(b"data: "))
+    expected = {
+        "content": [
+            {
+                "token": "a",
+                "bytes": [97],
+                "logprob": -0.5,
+                "top_logprobs": [{"token": "b", "bytes": [98], "logprob": -2.0}],
+            }
+        ],
+        "refusal": None,
+    }
+    assert chunk["choices"][0]["logprobs"] == expected
+    usage = Usage(prompt_tokens=1, completion_tokens=1)
+    whole = completion_object(
+        Completion(choices=(Choice(text="a", reason="stop", logprobs=[scored]),), usage=usage), "m", {}
+    )
+    assert whole["choices"][0]["logprobs"] == expected

@@ -13,6 +13,7 @@ from tunewright.accounts.records import Caller
 from tunewright.api.app import create_app
 from tunewright.completions.vocabulary import (
     ChatRequest,
+    Choice,
     Completion,
     Delta,
     Finish,
@@ -56,7 +57,8 @@ class FakeCompletions:
             elif isinstance(delta, ToolCallDelta):
                 calls.append({"id": delta.id, "name": delta.name, "arguments": delta.arguments})
         reason = "tool_calls" if calls else "stop"
-        return Completion(text=text, reasoning=None, tool_calls=tuple(calls), reason=reason, usage=USAGE)
+        choice = Choice(text=text, tool_calls=tuple(calls), reason=reason)
+        return Completion(choices=(choice,) * request.n, usage=USAGE)
 
 
 async def _script(request: ChatRequest) -> AsyncGenerator[Delta, None]:

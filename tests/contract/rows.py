@@ -101,6 +101,9 @@ def job(project_id: str, **changes: Any) -> Job:
         "total_steps": 9,
         "step": 4,
         "rehearsal": {"status": "done", "memory_peak_bytes": 2**33, "price": None},
+        "choices": {"dtype": "bfloat16"},
+        "retry_of": "ftjob-a",
+        "cloned_from": "ftjob-b",
     }
     values |= {"project_id": project_id}
     return Job(**(values | changes))

@@ -36,6 +36,9 @@ LISTS: dict[str, Ask] = {
     "jobs": lambda tx, p, ids: tx.jobs.list(p, after=None, limit=2),
     "jobs after": lambda tx, p, ids: tx.jobs.list(p, after=ids["job"], limit=2),
     "jobs with metadata": lambda tx, p, ids: tx.jobs.list(p, after=ids["job"], limit=2, metadata={"team": "red"}),
+    "jobs of a state and model": lambda tx, p, ids: tx.jobs.list(
+        p, after=ids["job"], limit=2, status="queued", model="m"
+    ),
     "events": lambda tx, p, ids: tx.jobs.list_events(p, ids["job"], after=None, limit=2),
     "events after": lambda tx, p, ids: tx.jobs.list_events(p, ids["job"], after=ids["event"], limit=2),
     "events since": lambda tx, p, ids: tx.jobs.events_since(p, ids["job"], after_id=ids["event"], limit=2),

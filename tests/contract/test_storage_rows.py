@@ -214,6 +214,10 @@ def test_pages_of_jobs(storage: Storage, ours: Project) -> None:
         assert tx.jobs.list(ours.id, after=odd[0].id, limit=1, metadata={"team": "1", "x": "y"}) == [odd[1]]
         assert tx.jobs.list(ours.id, after=None, limit=100, metadata={"team": "1", "x": "z"}) == []
         assert tx.jobs.list(ours.id, after=None, limit=100, metadata={}) == newest_first
+        for name in (bare.model, bare.base_code):
+            assert tx.jobs.list(ours.id, after=None, limit=2, status=bare.status, model=name) == newest_first[:2]
+        assert tx.jobs.list(ours.id, after=None, limit=2, status="other") == []
+        assert tx.jobs.list(ours.id, after=None, limit=2, model="other") == []
         assert tx.jobs.get(ours.id, hidden.id) is None
 
 

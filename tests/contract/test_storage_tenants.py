@@ -118,6 +118,7 @@ def reads(project_id: str, rows: Rows) -> dict[tuple[str, str], list[Callable[[T
         ("jobs", "list"): [
             lambda tx: tx.jobs.list(p, after=None, limit=9),
             lambda tx: tx.jobs.list(p, after=None, limit=9, metadata={"team": "red"}),
+            lambda tx: tx.jobs.list(p, after=None, limit=9, status="queued", model=rows.job.model),
         ],
         ("jobs", "find_by_request_id"): [lambda tx: tx.jobs.find_by_request_id(p, "request")],
         ("jobs", "count"): [lambda tx: tx.jobs.count(p, frozenset({"queued"}))],

@@ -187,6 +187,53 @@ def test_the_stream_helper_accepts_our_chunks(client: OpenAI) -> None:
     assert "chunk" in kinds
 
 
+def test_log_probabilities_and_choices(client: OpenAI) -> None:
+    messages: Any = [{"role": "user", "content": "Where is it?"}]
+    asked: Any = {
+        "model": "tiny",
+        "messages": messages,
+        "max_tokens": 5,
+        "seed": 4,
+        "logprobs": True,
+        "top_logprobs": 2,
+    }
+    whole = client.chat.completions.create(**asked, n=2)
+    assert [choice.index for choice in whole.choices] == [0, 1]
+    assert whole.usage is not None and whole.usage.completion_tokens > 5
+    scored = whole.choices[0].logprobs
+    assert scored is not None and scored.content is not None
+    text = b"".join(bytes(token.bytes or []) for token in scored.content).decode(errors="replace")
+    assert text == whole.choices[0].message.content
+    assert all(token.logprob <= 0 and len(token.top_logprobs) == 2 for token in scored.content)
+    streamed: dict[int, list[str]] = {0: [], 1: []}
+    tokens: dict[int, int] = {0: 0, 1: 0}
+    for chunk in client.chat.completions.create(**asked, n=2, stream=True):
+        for choice in chunk.choices:
+            streamed[choice.index].append(choice.delta.content or "")
+            if choice.logprobs is not None:
+                tokens[choice.index] += len(choice.logprobs.content or [])
+    assert ["".join(streamed[i]) for i in range(2)] == [choice.message.content for choice in whole.choices]
+    assert tokens[0] == len(scored.content)
+
+
+def test_bias_and_penalties_reach_the_engine(client: OpenAI) -> None:
+    messages: Any = [{"role": "user", "content": "Where is it?"}]
+    asked: Any = {"model": "tiny", "messages": messages, "max_tokens": 8, "temperature": 0}
+    plain = client.chat.completions.create(**asked, logprobs=True)
+    scores = plain.choices[0].logprobs
+    assert scores is not None and scores.content
+    biased = client.chat.completions.create(**asked, logprobs=True, logit_bias={"100": 100})
+    forced = biased.choices[0].logprobs
+    assert forced is not None and forced.content and len({token.token for token in forced.content}) == 1
+    varied = client.chat.completions.create(**asked, frequency_penalty=2, presence_penalty=2, logprobs=True)
+    found = varied.choices[0].logprobs
+    assert found is not None and found.content
+    assert len({token.token for token in found.content}) >= len({token.token for token in scores.content})
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.chat.completions.create(**asked, logit_bias={"999999999": 1})
+    assert refused.value.code == "invalid_value" and refused.value.param == "logit_bias"
+
+
 def test_max_tokens_and_stop_end_an_answer(client: OpenAI) -> None:
     question: list[Any] = [{"role": "user", "content": "Hello"}]
     short = client.chat.completions.create(model="tiny", messages=question, max_tokens=3, temperature=0)

@@ -7,7 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.engines.engine_worker import generate_request
+from tunewright.deployments.ports import EngineReply, TokenScore, TokenText
 from tunewright.engines.answer_text import AnswerText
+from tunewright.engines.rows import Row, Ticket
 from tunewright.engines.sampling import Sampler
 
 
@@ -82,7 +85,7 @@ def test_no_part_of_a_stop_string_ever_shows() -> None:
         assert "".join(pieces) == (seen if expected is None else expected)
 
 
-def draws(n: int, logits: Iterable[float], **values: float | int | None) -> list[int]:
+def draws(n: int, logits: Iterable[float], **values: Any) -> list[int]:
     settings: dict[str, Any] = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "seed": 7} | values
     sampler = Sampler(**settings)
     array = np.array(list(logits), dtype=np.float32)
@@ -124,3 +127,54 @@ def test_seeds() -> None:
     assert draws(20, logits, seed=1) != draws(20, logits, seed=2)
     assert draws(20, logits, seed=None) != draws(20, logits, seed=None)
     assert len(draws(2, logits, seed=-5)) == len(draws(2, logits, seed=2**200)) == 2
+
+
+def test_bias_forbids_and_forces() -> None:
+    logits = [5.0, 4.0, 3.0]
+    assert set(draws(50, logits, temperature=0, logit_bias={0: -100})) == {1}
+    assert set(draws(50, logits, logit_bias={2: 100})) == {2}
+
+
+def test_penalties_count_the_answer_alone() -> None:
+    """Frequency takes one step for each time, presence one step in all: greedy draws show the order exactly."""
+    assert draws(6, [1.0, 0.9, 0.0], temperature=0, frequency_penalty=0.3) == [0, 1, 0, 1, 0, 1]
+    assert draws(6, [1.0, 0.9, 0.0], temperature=0, presence_penalty=0.3) == [0, 1, 0, 0, 0, 0]
+    assert draws(4, [1.0, 0.9, 0.0], temperature=0, frequency_penalty=-0.3) == [0, 0, 0, 0]
+
+
+def test_logits_stay_as_they_are() -> None:
+    array = np.array([1.0, 0.5], dtype=np.float32)
+    Sampler(temperature=1.0, top_p=1.0, top_k=0, seed=1, logit_bias={0: 3.0}).choose(array)
+    assert array.tolist() == [1.0, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("texts", "stop", "n", "scored"),
+    [
+        (["ab", "cd"], [], 2, [0, 1]),
+        (["a½", "b", "c"], [], 3, [0, 1, 2]),
+        (["ab", "c##", "d"], ["##"], 3, [0, 1]),  # a token of which a part is shown
+        (["ab", "#", "#d"], ["##"], 3, [0]),
+        (["ab", "#", "d"], ["##"], 3, [0, 1, 2]),
+        (["##"], ["##"], 1, []),
+    ],
+)
+def test_scores_go_with_the_text_of_their_tokens(texts: list[str], stop: list[str], n: int, scored: list[int]) -> None:
+    """Every line that goes out has scores of nothing but text that is out by then."""
+    request = generate_request(prompt_ids=[1], max_tokens=n, stop=stop)
+    replies: list[EngineReply] = []
+    sampler = Sampler(temperature=0.0, top_p=1.0, top_k=0, seed=None)
+    row = Row(
+        Ticket(request, replies.append, 1, None), request, None, sampler, AnswerText(Letters(texts), stop), frozenset()
+    )
+    for token in range(n):
+        if not row.finished:
+            row.accept(token, TokenScore(token, -1.0))
+    lines = [reply for reply in replies if isinstance(reply, TokenText)]
+    assert [score.token_id for line in lines for score in line.scores] == scored
+    whole = "".join(line.text for line in lines)
+    shown = ""
+    for line in lines:
+        shown += line.text
+        ends = [len("".join(texts[: score.token_id + 1]).replace("½", "")) for score in line.scores]
+        assert all(end <= len(shown) or shown == whole for end in ends)

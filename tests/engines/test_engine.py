@@ -8,12 +8,24 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from tests.engines.adapters import Reference, make_adapter, request_values
 from tests.engines.engine_worker import generate_request, worker_spec
-from tunewright.deployments.ports import Done, EngineReply, Generate, Proof, Prove, State, TokenText, Trouble, Unload
+from tunewright.deployments.ports import (
+    Done,
+    EngineReply,
+    Generate,
+    Proof,
+    Prove,
+    State,
+    TokenScore,
+    TokenText,
+    Trouble,
+    Unload,
+)
 from tunewright.engines.batch import Batch
 from tunewright.engines.decoder import Decoder
 from tunewright.engines.general import GeneralDecoder
@@ -66,10 +78,12 @@ class Call:
         self.replies: queue.SimpleQueue[EngineReply] = queue.SimpleQueue()
         self.ticket: Ticket = engine.submit(request, self.replies.put)
         self.text = ""
+        self.scores: list[TokenScore] = []
 
     def last(self, limit_s: float = 60.0) -> EngineReply:
         while isinstance(reply := self.replies.get(timeout=limit_s), TokenText):
             self.text += reply.text
+            self.scores += reply.scores
         return reply
 
 
@@ -180,6 +194,42 @@ def test_a_seed_gives_the_same_text_in_any_company(
     assert [isinstance(call.last(), Done) for call in crowd] == [True] * 4
     assert alone.text == again.text
     assert alone.text
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_log_probabilities_are_those_of_the_model(
+    temperature: float, tiny_decoder: Decoder, reference: Reference, adapters: list[Path], engine_of: Factory
+) -> None:
+    """Whatever was drawn, and whatever penalties did to the draw, beside a row with an adapter."""
+    engine = engine_of(tiny_decoder, slots=4)
+    paths = [None, adapters[0], None]
+    calls = [
+        Call(
+            engine,
+            generate_request(
+                prompt_ids=[5, 6, 7 + i],
+                max_tokens=6,
+                temperature=temperature,
+                seed=3,
+                presence_penalty=0.5,
+                logit_bias={9: 2.0},
+                top_logprobs=3,
+                **request_values(path),
+            ),
+        )
+        for i, path in enumerate(paths)
+    ]
+    for i, (call, path) in enumerate(zip(calls, paths, strict=True)):
+        done = call.last()
+        assert isinstance(done, Done) and len(call.scores) == done.completion_tokens
+        ids = [5, 6, 7 + i]
+        for score in call.scores:
+            expected_V = reference.logits(path, ids)[-1].double().log_softmax(-1)
+            assert abs(score.logprob - expected_V[score.token_id].item()) < 1e-4
+            values, tokens = expected_V.topk(3)
+            assert [token for token, _ in score.top] == tokens.tolist()
+            assert np.allclose([value for _, value in score.top], values, atol=1e-4)
+            ids.append(score.token_id)
 
 
 def test_stop_strings_end_the_answer(

@@ -3,14 +3,15 @@
 from collections.abc import AsyncGenerator, Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from tests.unit.test_models_service import World
 from tunewright.accounts.records import Caller
 from tunewright.completions.service import CompletionService
-from tunewright.completions.vocabulary import ChatRequest, Sampling, TextDelta
+from tunewright.completions.vocabulary import ChatRequest, Finish, Sampling, TextDelta
 from tunewright.deployments.ports import Done, Generate, TokenText
-from tunewright.errors import Conflict, InvalidRequest, NotFound, TunewrightError
+from tunewright.errors import Conflict, InvalidRequest, NotFound, RateLimited, TunewrightError
 from tunewright.models.records import Base, TunedModel
 from tunewright.rendering.conversation import Conversation, Message
 from tunewright.rendering.renderer import renderer_of
@@ -77,7 +78,8 @@ def tuned(world: World, renderer_hash: str | None = None) -> TunedModel:
 
 async def test_an_answer_has_its_text_and_its_counts(service: CompletionService, world: World, pool: OnePool) -> None:
     answer = await service.complete(CALLER, request_to(tuned(world).name, max_tokens=7))
-    assert (answer.text, answer.reason, answer.usage.completion_tokens) == ("hi", "stop", 2)
+    assert (answer.choices[0].text, answer.choices[0].reason) == ("hi", "stop")
+    assert answer.usage.completion_tokens == 2
     assert pool.asked[0].max_tokens == 7 and pool.asked[0].stop_ids
 
 
@@ -119,3 +121,38 @@ async def test_a_left_stream_gives_its_place_back(service: CompletionService) ->
     assert isinstance(first, TextDelta) and service._under_way[CALLER.key_id] == 1
     await stream.aclose()
     assert CALLER.key_id not in service._under_way
+
+
+async def test_choices_share_the_prompt_and_differ_in_their_seeds(service: CompletionService, pool: OnePool) -> None:
+    request = msgspec.structs.replace(request_to("tiny"), n=3, sampling=Sampling(seed=7))
+    deltas = [delta async for delta in service.stream(CALLER, request)]
+    ends = [delta for delta in deltas if isinstance(delta, Finish)]
+    assert sorted(end.choice for end in ends) == [0, 1, 2]
+    assert [end.usage is None for end in ends] == [True, True, False] and deltas[-1] is ends[-1]
+    usage = ends[-1].usage
+    assert usage is not None
+    assert (usage.prompt_tokens, usage.completion_tokens) == (len(pool.asked[0].prompt_ids), 6)
+    assert sorted(order.seed or 0 for order in pool.asked) == [7, 8, 9]
+    assert [choice.text for choice in (await service.complete(CALLER, request)).choices] == ["hi"] * 3
+    assert not service._under_way
+
+
+async def test_an_error_of_one_choice_ends_all(service: CompletionService, pool: OnePool) -> None:
+    pool.error = InvalidRequest("adapter_invalid", "its files are damaged")
+    with pytest.raises(InvalidRequest):
+        await service.complete(CALLER, msgspec.structs.replace(request_to("tiny"), n=3))
+    assert not service._under_way
+
+
+async def test_choices_count_towards_the_limit_of_a_key(service: CompletionService, pool: OnePool) -> None:
+    service._settings = service._settings.model_copy(update={"max_streams_per_key": 2})
+    with pytest.raises(RateLimited):
+        await service.complete(CALLER, msgspec.structs.replace(request_to("tiny"), n=3))
+    assert not pool.asked
+
+
+async def test_a_bias_of_an_unknown_token_is_refused(service: CompletionService, pool: OnePool) -> None:
+    request = msgspec.structs.replace(request_to("tiny"), sampling=Sampling(logit_bias={10**8: 1.0}))
+    with pytest.raises(InvalidRequest) as caught:
+        await service.complete(CALLER, request)
+    assert caught.value.param == "logit_bias" and not pool.asked

@@ -45,9 +45,12 @@ def test_nothing_asked_is_auto(values: dict[str, Any] | None) -> None:
         ("warmup_ratio", 0, 0.0),
         ("warmup_ratio", 0.5, 0.5),
         ("weight_decay", "0.1", 0.1),
+        ("precision", "bfloat16", "bfloat16"),
+        ("activation_checkpointing", "off", "off"),
+        ("micro_batch_tokens", "2048", 2048),
     ],
 )
-def test_values_that_are_taken(name: str, value: Any, meaning: float) -> None:
+def test_values_that_are_taken(name: str, value: Any, meaning: float | str) -> None:
     assert asked(**{name: value})[name] == meaning
     assert type(asked(**{name: value})[name]) is type(meaning)
 
@@ -71,6 +74,28 @@ def test_values_that_are_refused_with_the_range(name: str, value: Any) -> None:
     error = caught.value
     assert (error.code, error.param) == ("invalid_value", f"hyperparameters.{name}")
     assert str(error.values["most"]) in error.text("en") and error.text("zh") != error.text("en")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "known"),
+    [
+        *(("precision", v, "float32, bfloat16") for v in ("bf16", "float16", 32, "", ["float32"])),
+        *(("activation_checkpointing", v, "on, off") for v in (True, False, "yes", 1)),
+    ],
+)
+def test_words_that_are_refused_with_the_known_ones(name: str, value: Any, known: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        asked(**{name: value})
+    error = caught.value
+    assert (error.code, error.param) == ("invalid_value", f"hyperparameters.{name}")
+    assert known in error.text("en") and error.text("zh") != error.text("en")
+
+
+def test_how_it_is_computed_is_left_open_or_asked_for() -> None:
+    found = resolved(100)
+    assert (found.precision, found.activation_checkpointing, found.micro_batch_tokens) == ("auto", "auto", None)
+    found = resolved(100, precision="float32", activation_checkpointing="on", micro_batch_tokens=512)
+    assert (found.precision, found.activation_checkpointing, found.micro_batch_tokens) == ("float32", "on", 512)
 
 
 def test_a_long_value_is_quoted_short() -> None:

@@ -247,6 +247,15 @@ def test_bases_that_do_not_fit(bench: Bench) -> None:
     assert create(bench, model="rich", method="dpo", training_file=pairs).method == "dpo"
 
 
+def test_qlora_is_refused_with_what_to_use_instead(bench: Bench) -> None:
+    bench.bases.bases.append(a_base(bench.home, "rich", methods=("lora", "full", "dpo")))
+    for model in ("tiny", "rich"):
+        error = refused(bench, model=model, training_type="qlora")
+        assert (error.code, error.param) == ("training_type_not_supported", "training_type")
+        assert "GPU" in error.text() and "lora" in error.text("zh")
+    assert bench.jobs.trainings(PROJECT, "rich")[1] == (("supervised", "lora"), ("supervised", "full"), ("dpo", "lora"))
+
+
 def publish(bench: Bench, job: Job, **proof: Any) -> str:
     """The job's model as if it were trained; its name."""
     with bench.storage.write() as tx:

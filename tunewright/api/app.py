@@ -23,6 +23,7 @@ from tunewright.api.native import dataset_tokens as native_dataset_tokens
 from tunewright.api.native import datasets as native_datasets
 from tunewright.api.native import health
 from tunewright.api.native import jobs as native_jobs
+from tunewright.api.native import models as native_models
 from tunewright.api.native import notifications as native_notifications
 from tunewright.api.native import uploads as native_uploads
 from tunewright.api.openai import chat as openai_chat
@@ -57,6 +58,7 @@ ROUTERS = (
     native_datasets.router,
     native_dataset_tokens.router,
     native_jobs.router,
+    native_models.router,
     native_notifications.router,
     health.router,
 )

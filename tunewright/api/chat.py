@@ -3,6 +3,7 @@
 A dialect's own `chat.py` holds its fields, its ranges, and where it puts the usage.
 """
 
+import re
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from typing import Annotated, Any, Protocol
 
@@ -20,6 +21,7 @@ from tunewright.api.streaming import DONE, EventStream, unless_gone
 from tunewright.clock import wall_s
 from tunewright.completions.vocabulary import (
     ChatRequest,
+    Choice,
     Completion,
     Delta,
     Finish,
@@ -35,6 +37,10 @@ from tunewright.ids import new_id
 
 MOST_STOPS = 4
 LONGEST_STOP = 256
+MOST_CHOICES = 8
+MOST_BIASED = 1024
+MOST_TOP_LOGPROBS = 20
+_TOKEN_ID = re.compile(r"[0-9]{1,9}")
 _SEEDS = range(-(2**63), 2**63)
 
 Messages = Annotated[
@@ -106,28 +112,63 @@ def chat_request(fields: ChatFields, sampling: Sampling, roles: dict[str, str], 
         raise missing("model")
     if len(fields.model) > 512:
         raise invalid("model", mark("{field} is too long."))
-    _refuse_unsupported(fields)
+    if fields.best_of not in (None, 1):
+        raise unsupported("best_of")
     check_response_format(fields.response_format)
     conversation = conversation_of(fields.messages, fields.tools, fields.model, roles)
     return ChatRequest(
         model=fields.model,
         conversation=conversation,
         sampling=sampling,
+        n=_choices(fields.n),
         tool_choice=tool_choice_of(fields.tool_choice, conversation.tools),
         request_id=request_id,
     )
 
 
-def _refuse_unsupported(fields: ChatFields) -> None:
-    """What would change the answer if it were ignored. Values that ask for the usual are let through: clients send them."""
-    if fields.n not in (None, 1):
-        raise invalid("n", mark("{field} must be 1."))
-    usual = (None, False, 0, {}, [])
-    if fields.best_of not in (None, 1):
-        raise unsupported("best_of")
-    for name in ("logprobs", "top_logprobs", "logit_bias", "frequency_penalty", "presence_penalty"):
-        if getattr(fields, name) not in usual:
-            raise unsupported(name)
+def _choices(n: int | None) -> int:
+    if n is not None and not 1 <= n <= MOST_CHOICES:
+        raise invalid("n", mark("{field} must be from {least} to {most}."), least=1, most=MOST_CHOICES)
+    return n or 1
+
+
+def shaping(fields: ChatFields) -> dict[str, Any]:
+    """The fields of `Sampling` that both dialects read alike: penalties, bias and log-probabilities. Raises InvalidRequest."""
+    return {
+        name: within(number(getattr(fields, name), name, 0.0), name, -2.0, 2.0)
+        for name in ("presence_penalty", "frequency_penalty")
+    } | {"logit_bias": _bias(fields.logit_bias), "top_logprobs": _top_logprobs(fields.logprobs, fields.top_logprobs)}
+
+
+def _bias(value: Any) -> dict[int, float]:
+    if value is None:
+        return {}
+    if not isinstance(value, dict) or len(value) > MOST_BIASED:
+        sentence = mark("{field} must be an object of at most {count} token ids with a number for each.")
+        raise invalid("logit_bias", sentence, count=MOST_BIASED)
+    found: dict[int, float] = {}
+    for token, bias in value.items():
+        if not _TOKEN_ID.fullmatch(token):
+            sentence = mark("{field} has {name}, which is no token id.")
+            raise invalid("logit_bias", sentence, name=quote(token))
+        place = f"logit_bias.{token}"
+        found[int(token)] = within(number(bias, place, 0.0), place, -100.0, 100.0)
+    return found
+
+
+def _top_logprobs(wanted: Any, top: Any) -> int | None:
+    if wanted is not None and not isinstance(wanted, bool):
+        raise invalid("logprobs", mark("{field} must be true or false."))
+    if top is None:
+        return 0 if wanted else None
+    if isinstance(top, bool) or not isinstance(top, int) or not 0 <= top <= MOST_TOP_LOGPROBS:
+        sentence = mark("{field} must be a whole number from {least} to {most}.")
+        raise invalid("top_logprobs", sentence, least=0, most=MOST_TOP_LOGPROBS)
+    if not wanted:
+        if top == 0:
+            return None  # what clients send that always name it
+        raise invalid("top_logprobs", mark("{field} needs logprobs to be true."))
+    return top
 
 
 def check_response_format(value: Any) -> None:
@@ -223,29 +264,36 @@ def usage_object(usage: Usage) -> dict[str, Any]:
 
 def completion_object(completion: Completion, model: str, extra: dict[str, Any]) -> dict[str, Any]:
     """A whole answer; `extra` are the dialect's own top-level keys."""
-    message: dict[str, Any] = {"role": "assistant", "content": completion.text}
-    if completion.reasoning is not None:
-        message["reasoning_content"] = completion.reasoning
-    if completion.tool_calls:
-        message["content"] = completion.text or None
-        message["tool_calls"] = [
-            {
-                "id": call["id"],
-                "type": "function",
-                "index": index,
-                "function": {"name": call["name"], "arguments": call["arguments"]},
-            }
-            for index, call in enumerate(completion.tool_calls)
-        ]
     return {
         "id": new_id("chatcmpl"),
         **extra,
         "object": "chat.completion",
         "created": wall_s(),
         "model": model,
-        "choices": [{"index": 0, "finish_reason": completion.reason, "message": message}],
+        "choices": [_choice_object(index, choice) for index, choice in enumerate(completion.choices)],
         "usage": usage_object(completion.usage),
     }
+
+
+def _choice_object(index: int, choice: Choice) -> dict[str, Any]:
+    message: dict[str, Any] = {"role": "assistant", "content": choice.text}
+    if choice.reasoning is not None:
+        message["reasoning_content"] = choice.reasoning
+    if choice.tool_calls:
+        message["content"] = choice.text or None
+        message["tool_calls"] = [
+            {
+                "id": call["id"],
+                "type": "function",
+                "index": place,
+                "function": {"name": call["name"], "arguments": call["arguments"]},
+            }
+            for place, call in enumerate(choice.tool_calls)
+        ]
+    shown: dict[str, Any] = {"index": index, "finish_reason": choice.reason, "message": message}
+    if choice.logprobs is not None:
+        shown["logprobs"] = {"content": msgspec.to_builtins(choice.logprobs), "refusal": None}
+    return shown
 
 
 class ChunkWriter:
@@ -264,33 +312,42 @@ class ChunkWriter:
             "model": model,
         }
         self._head = b"data: " + msgspec.json.encode(head)[:-1]
-        self._delta = self._head + b',"choices":[{"index":0,"delta":{"role":"assistant",'
+        self._delta = [
+            self._head + b',"choices":[{"index":%d,"delta":{"role":"assistant",' % choice
+            for choice in range(MOST_CHOICES)
+        ]
         self._end = b',"usage":null}\n\n' if usage_chunk and not usage_with_finish else b"}\n\n"
         self._text_end = b'},"finish_reason":null}]' + self._end
+        self._scored_end = b',"refusal":null},"finish_reason":null}]' + self._end
         self._usage_with_finish = usage_with_finish
         self._usage_chunk = usage_chunk
         self._encode = msgspec.json.Encoder().encode
 
     def frames(self, delta: Delta) -> bytes:
-        """The frame (for `Finish`: frames, `[DONE]` included) for one delta."""
+        """The frame for one delta; for the last `Finish` frames, `[DONE]` included."""
+        begin = self._delta[delta.choice]
         if type(delta) is TextDelta:
-            return self._delta + b'"content":' + self._encode(delta.text) + self._text_end
+            content = begin + b'"content":' + self._encode(delta.text)
+            if delta.logprobs is None:
+                return content + self._text_end
+            return content + b'},"logprobs":{"content":' + self._encode(delta.logprobs) + self._scored_end
         if isinstance(delta, ReasoningDelta):
-            return self._delta + b'"reasoning_content":' + self._encode(delta.text) + self._text_end
+            return begin + b'"reasoning_content":' + self._encode(delta.text) + self._text_end
         if isinstance(delta, ToolCallDelta):
-            return self._delta + b'"tool_calls":' + self._encode([_call_piece(delta)]) + self._text_end
+            return begin + b'"tool_calls":' + self._encode([_call_piece(delta)]) + self._text_end
         if isinstance(delta, Finish):
-            return self._finish(delta) + DONE
+            return self._finish(begin, delta)
         raise TypeError(type(delta))
 
-    def _finish(self, finish: Finish) -> bytes:
+    def _finish(self, begin: bytes, finish: Finish) -> bytes:
+        reason = begin + b'"content":""},"finish_reason":' + self._encode(finish.reason) + b"}]"
+        if finish.usage is None:
+            return reason + self._end
         usage = self._encode(usage_object(finish.usage))
-        reason = b'"content":""},"finish_reason":' + self._encode(finish.reason) + b"}]"
-        end = b',"usage":' + usage + b"}\n\n" if self._usage_with_finish else self._end
-        last = self._delta + reason + end
+        last = reason + (b',"usage":' + usage + b"}\n\n" if self._usage_with_finish else self._end)
         if self._usage_chunk:
             last += self._head + b',"choices":[],"usage":' + usage + b"}\n\n"
-        return last
+        return last + DONE
 
 
 def _call_piece(delta: ToolCallDelta) -> dict[str, Any]:

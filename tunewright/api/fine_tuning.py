@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any
 
+import msgspec
 from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
 
@@ -25,9 +26,22 @@ MOST_JOBS = 100
 MOST_EVENTS = 1000
 MOST_CHECKPOINTS = 100
 
+_EXTRAS = (
+    "lora_rank",
+    "lora_alpha",
+    "max_length",
+    "warmup_ratio",
+    "weight_decay",
+    "beta",
+    "precision",
+    "activation_checkpointing",
+    "micro_batch_tokens",
+)
+"""Hyperparameters that are also taken at the top level of the body, where `extra_body` of an SDK puts them."""
 _Text = Annotated[Any, WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "null"}]})]
 _Number = Annotated[Any, WithJsonSchema({"anyOf": [{"type": "number"}, {"type": "null"}]})]
 _NumberOrAuto = {"anyOf": [{"type": "number"}, {"type": "string"}, {"type": "null"}]}
+_Hyperparameter = Annotated[Any, WithJsonSchema(_NumberOrAuto)]
 _Hyperparameters = Annotated[
     Any,
     WithJsonSchema(
@@ -58,6 +72,15 @@ class CreateBody(BaseModel):
     max_bad_rows: Annotated[Any, WithJsonSchema({"anyOf": [{"type": "integer"}, {"type": "null"}]})] = None
     max_bad_ratio: _Number = None
     validation_split: _Number = None
+    lora_rank: _Hyperparameter = None
+    lora_alpha: _Hyperparameter = None
+    max_length: _Hyperparameter = None
+    warmup_ratio: _Hyperparameter = None
+    weight_decay: _Hyperparameter = None
+    beta: _Hyperparameter = None
+    precision: _Text = None
+    activation_checkpointing: _Text = None
+    micro_batch_tokens: _Hyperparameter = None
 
     @model_validator(mode="before")
     @classmethod
@@ -66,8 +89,14 @@ class CreateBody(BaseModel):
 
 
 def create_job(body: CreateBody) -> CreateJob:
-    """The neutral request. `method` wins over the top-level `hyperparameters`. Raises InvalidRequest for a broken method."""
+    """The neutral request. `method` wins over the top-level `hyperparameters`, and both over single ones beside them.
+    Raises InvalidRequest for a broken method."""
     method, hyperparameters = _method(body.method)
+    if hyperparameters is None:
+        hyperparameters = body.hyperparameters
+    extras = {name: value for name in _EXTRAS if (value := getattr(body, name)) is not None}
+    if extras and (hyperparameters is None or isinstance(hyperparameters, dict)):
+        hyperparameters = extras | (hyperparameters or {})
     return CreateJob(
         model=body.model,
         training_file=body.training_file,
@@ -76,13 +105,20 @@ def create_job(body: CreateBody) -> CreateJob:
         seed=body.seed,
         method=method,
         training_type="lora" if body.training_type is None else body.training_type,
-        hyperparameters=body.hyperparameters if hyperparameters is None else hyperparameters,
+        hyperparameters=hyperparameters,
         metadata=body.metadata,
         request_id=body.request_id if body.request_id is not None else body.java_request_id,
         max_bad_rows=body.max_bad_rows,
         max_bad_ratio=body.max_bad_ratio,
         validation_split=body.validation_split,
     )
+
+
+def changed_fields(body: CreateBody) -> dict[str, Any]:
+    """What of a create request the body names, as fields of CreateJob. Raises InvalidRequest for a broken method."""
+    wanted = msgspec.structs.asdict(create_job(body))
+    named = body.model_fields_set | ({"hyperparameters"} if wanted["hyperparameters"] is not None else set())
+    return {name: value for name, value in wanted.items() if name in named or (name == "request_id" and value)}
 
 
 def _method(method: Any) -> tuple[Any, Any]:
@@ -121,8 +157,13 @@ class JobRoutes:
 
     def router(self, prefix: str) -> APIRouter:
         """A router with all of them."""
+        router = self.jobs_router(prefix, "/fine_tuning/jobs")
+        router.add_api_route("/fine_tuning/fine_tuned_models/{name:path}", self.delete_model, methods=["DELETE"])
+        return router
+
+    def jobs_router(self, prefix: str, jobs: str) -> APIRouter:
+        """A router with those of jobs, below the path `jobs`."""
         router = router_at(prefix)
-        jobs = "/fine_tuning/jobs"
         router.add_api_route(jobs, self.create, methods=["POST"])
         router.add_api_route(jobs, self.list_jobs, methods=["GET"])
         router.add_api_route(jobs + "/{job_id}", self.retrieve, methods=["GET"])
@@ -132,7 +173,6 @@ class JobRoutes:
         router.add_api_route(jobs + "/{job_id}/resume", self.resume, methods=["POST"])
         router.add_api_route(jobs + "/{job_id}/events", self.events, methods=["GET"])
         router.add_api_route(jobs + "/{job_id}/checkpoints", self.checkpoints, methods=["GET"])
-        router.add_api_route("/fine_tuning/fine_tuned_models/{name:path}", self.delete_model, methods=["DELETE"])
         return router
 
     def shown(self, request: Request, job: Job) -> dict[str, Any]:

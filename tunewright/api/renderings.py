@@ -66,6 +66,8 @@ def job_object(job: Job, words: Mapping[str, str], fine_tuned_model: str | None,
         "validation_split": job.validation_split,
         "rehearsal": job.rehearsal or None,
         "progress": {"step": job.step, "total_steps": job.total_steps},
+        "retry_of": job.retry_of,
+        "cloned_from": job.cloned_from,
         "error": _job_error(job, language),
     }
 

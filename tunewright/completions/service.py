@@ -10,16 +10,8 @@ from typing import Any
 import msgspec
 
 from tunewright.accounts.records import Caller
-from tunewright.completions.vocabulary import (
-    ChatRequest,
-    Completion,
-    Delta,
-    Finish,
-    ReasoningDelta,
-    TextDelta,
-    ToolCallDelta,
-    Usage,
-)
+from tunewright.completions.choices import answer_deltas, choice_of, side_by_side
+from tunewright.completions.vocabulary import ChatRequest, Completion, Delta, Finish, Usage
 from tunewright.deployments.pool import Pool
 from tunewright.deployments.ports import Done, Generate, TokenText
 from tunewright.errors import Conflict, InvalidRequest, RateLimited
@@ -29,7 +21,7 @@ from tunewright.models.records import FULL, Base, TunedModel
 from tunewright.models.service import ModelService
 from tunewright.rendering.conversation import Conversation
 from tunewright.rendering.renderer import Renderer, renderer_of
-from tunewright.rendering.tools import AnswerParser, CallPiece, Piece, ReasoningPiece, TextPiece
+from tunewright.rendering.tools import AnswerParser
 from tunewright.settings import Settings
 
 
@@ -43,30 +35,31 @@ class CompletionService:
         self._under_way: Counter[str] = Counter()
 
     async def stream(self, caller: Caller, request: ChatRequest) -> AsyncGenerator[Delta, None]:
-        """The deltas of one answer, exactly one `Finish` at the end.
+        """The deltas of all choices, a `Finish` at the end of each.
 
         Everything that the caller did wrong is raised before the first delta: NotFound (`model_not_found`), InvalidRequest
         (`context_length_exceeded`, `invalid_value`, ...), RateLimited (`concurrency_limit`), Unavailable. Closing the
-        iterator frees the engine's slot.
+        iterator frees the engine's slots.
         """
-        with self._slot(caller):
+        with self._places(caller, request.n):
             base, tuned, renderer, prompt = await asyncio.to_thread(self._prepare, caller, request)
-            order = self._order(base, request, renderer, prompt)
-            answer = AnswerParser(_offers_tools(request), reasoning_open=renderer.opens_reasoning)
-            called = False
-            async with aclosing(self._replies(caller, request, base, tuned, order)) as replies:
-                async for reply in replies:
-                    for piece in answer.push(reply.text):
-                        called = called or isinstance(piece, CallPiece)
-                        yield _delta(piece)
-                    if isinstance(reply, Done):
-                        for piece in answer.finish():
-                            called = called or isinstance(piece, CallPiece)
-                            yield _delta(piece)
-                        usage = Usage(prompt_tokens=reply.prompt_tokens, completion_tokens=reply.completion_tokens)
-                        yield Finish(
-                            reason="tool_calls" if called and reply.reason == "stop" else reply.reason, usage=usage
-                        )
+            answers = [
+                answer_deltas(
+                    choice,
+                    self._replies(caller, request, base, tuned, self._order(base, request, renderer, prompt, choice)),
+                    AnswerParser(_offers_tools(request), reasoning_open=renderer.opens_reasoning),
+                    renderer,
+                )
+                for choice in range(request.n)
+            ]
+            left, completion_tokens = len(answers), 0
+            async with aclosing(answers[0] if len(answers) == 1 else side_by_side(answers)) as deltas:
+                async for delta in deltas:
+                    if isinstance(delta, Finish) and delta.usage is not None:
+                        left, completion_tokens = left - 1, completion_tokens + delta.usage.completion_tokens
+                        usage = Usage(prompt_tokens=len(prompt), completion_tokens=completion_tokens)
+                        delta = msgspec.structs.replace(delta, usage=None if left else usage)
+                    yield delta
 
     async def _replies(
         self, caller: Caller, request: ChatRequest, base: Base, tuned: TunedModel | None, order: Generate
@@ -82,34 +75,17 @@ class CompletionService:
             raise
 
     async def complete(self, caller: Caller, request: ChatRequest) -> Completion:
-        """The whole answer at once; raises like `stream`."""
-        text: list[str] = []
-        reasoning: list[str] = []
-        calls: dict[int, dict[str, str]] = {}
-        finish: Finish | None = None
-        async with aclosing(self.stream(caller, request)) as deltas:
-            async for delta in deltas:
-                match delta:
-                    case TextDelta():
-                        text.append(delta.text)
-                    case ReasoningDelta():
-                        reasoning.append(delta.text)
-                    case ToolCallDelta():
-                        call = calls.setdefault(delta.index, {"id": "", "name": "", "arguments": ""})
-                        call["id"] += delta.id or ""
-                        call["name"] += delta.name or ""
-                        call["arguments"] += delta.arguments
-                    case Finish():
-                        finish = delta
-        if finish is None:
+        """All answers at once; raises like `stream`."""
+        deltas: list[list[Delta]] = [[] for _ in range(request.n)]
+        usage: Usage | None = None
+        async with aclosing(self.stream(caller, request)) as stream:
+            async for delta in stream:
+                deltas[delta.choice].append(delta)
+                if isinstance(delta, Finish):
+                    usage = delta.usage
+        if usage is None:
             raise RuntimeError("the stream ended without a finish")
-        return Completion(
-            text="".join(text),
-            reasoning="".join(reasoning) or None,
-            tool_calls=tuple(calls[index] for index in sorted(calls)),
-            reason=finish.reason,
-            usage=finish.usage,
-        )
+        return Completion(choices=tuple(map(choice_of, deltas)), usage=usage)
 
     def _prepare(self, caller: Caller, request: ChatRequest) -> tuple[Base, TunedModel | None, Renderer, list[int]]:
         resolved = self._models.resolve(caller.project_id, request.model)
@@ -147,8 +123,17 @@ class CompletionService:
     def _context(self, base: Base) -> int:
         return min(base.context_tokens, self._settings.engine_context_tokens)
 
-    def _order(self, base: Base, request: ChatRequest, renderer: Renderer, prompt: list[int]) -> Generate:
+    def _order(self, base: Base, request: ChatRequest, renderer: Renderer, prompt: list[int], choice: int) -> Generate:
         sampling = request.sampling
+        unknown = [token for token in sampling.logit_bias if token >= renderer.vocabulary_size]
+        if unknown:
+            raise InvalidRequest(
+                "invalid_value",
+                mark("logit_bias names token {token}; this model has the tokens 0 to {last}."),
+                param="logit_bias",
+                token=unknown[0],
+                last=renderer.vocabulary_size - 1,
+            )
         context = self._context(base)
         if len(prompt) >= context:
             sentence = mark("The prompt has {prompt} tokens; this model's context holds {context}, answer included.")
@@ -167,24 +152,29 @@ class CompletionService:
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             top_k=sampling.top_k,
-            seed=sampling.seed,
+            seed=None if sampling.seed is None else (sampling.seed + choice) % 2**63,
             max_tokens=min(sampling.max_tokens or self._settings.max_completion_tokens, context - len(prompt)),
             stop=list(sampling.stop),
             stop_ids=sorted(renderer.stop_ids),
+            presence_penalty=sampling.presence_penalty,
+            frequency_penalty=sampling.frequency_penalty,
+            logit_bias=sampling.logit_bias,
+            top_logprobs=sampling.top_logprobs,
         )
 
     @contextmanager
-    def _slot(self, caller: Caller) -> Iterator[None]:
+    def _places(self, caller: Caller, wanted: int) -> Iterator[None]:
+        """Every choice of a request counts as a completion under way."""
         limit = self._settings.max_streams_per_key
-        if self._under_way[caller.key_id] >= limit:
+        if self._under_way[caller.key_id] + wanted > limit:
             raise RateLimited(
-                "concurrency_limit", mark("This key has {limit} completions under way, its limit."), limit=limit
+                "concurrency_limit", mark("This key may have {limit} completions under way."), limit=limit
             )
-        self._under_way[caller.key_id] += 1
+        self._under_way[caller.key_id] += wanted
         try:
             yield
         finally:
-            self._under_way[caller.key_id] -= 1
+            self._under_way[caller.key_id] -= wanted
             if not self._under_way[caller.key_id]:
                 del self._under_way[caller.key_id]
 
@@ -200,13 +190,3 @@ def _size_of(tools: Sequence[Any]) -> int:
 
 def _offers_tools(request: ChatRequest) -> bool:
     return bool(request.conversation.tools) and request.tool_choice != "none"
-
-
-def _delta(piece: Piece) -> Delta:
-    match piece:
-        case TextPiece():
-            return TextDelta(text=piece.text)
-        case ReasoningPiece():
-            return ReasoningDelta(text=piece.text)
-        case CallPiece():
-            return ToolCallDelta(index=piece.index, id=piece.id, name=piece.name, arguments=piece.arguments)

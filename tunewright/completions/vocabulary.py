@@ -16,6 +16,20 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True):
     seed: int | None = None
     max_tokens: int | None = None
     stop: tuple[str, ...] = ()
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: dict[int, float] = {}
+    top_logprobs: int | None = None
+    """How many of the likeliest tokens are told at each place; None tells no probabilities."""
+
+
+class TokenLogprob(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A token's text and bytes (a part of a character may be all it has) with the natural logarithm of its probability."""
+
+    token: str
+    bytes: list[int]
+    logprob: float
+    top_logprobs: list["TokenLogprob"] | None = None
 
 
 class ChatRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -24,6 +38,8 @@ class ChatRequest(msgspec.Struct, frozen=True, kw_only=True):
     model: str
     conversation: Conversation
     sampling: Sampling
+    n: int = 1
+    """Answers wanted."""
     tool_choice: str = "auto"
     request_id: str | None = None
 
@@ -37,15 +53,19 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class TextDelta(msgspec.Struct, frozen=True, kw_only=True, tag="text"):
-    """More of the answer; whole characters only."""
+    """More of the answer; whole characters only. `logprobs` are of tokens whose text has come by now: text that may be the
+    beginning of a call or of a stop string is held back, and its tokens with it."""
 
     text: str
+    choice: int = 0
+    logprobs: list[TokenLogprob] | None = None
 
 
 class ReasoningDelta(msgspec.Struct, frozen=True, kw_only=True, tag="reasoning"):
     """More of the reasoning of a base that thinks."""
 
     text: str
+    choice: int = 0
 
 
 class ToolCallDelta(msgspec.Struct, frozen=True, kw_only=True, tag="tool_call"):
@@ -55,23 +75,32 @@ class ToolCallDelta(msgspec.Struct, frozen=True, kw_only=True, tag="tool_call"):
     id: str | None = None
     name: str | None = None
     arguments: str = ""
+    choice: int = 0
 
 
 class Finish(msgspec.Struct, frozen=True, kw_only=True, tag="finish"):
-    """The end, exactly once per stream. `reason` is stop, length or tool_calls."""
+    """The end of a choice. `reason` is stop, length or tool_calls; `usage` is of the whole request and comes with the last."""
 
     reason: str
-    usage: Usage
+    usage: Usage | None
+    choice: int = 0
 
 
 Delta = TextDelta | ReasoningDelta | ToolCallDelta | Finish
 
 
-class Completion(msgspec.Struct, frozen=True, kw_only=True):
-    """A whole answer: the deltas put together."""
+class Choice(msgspec.Struct, frozen=True, kw_only=True):
+    """One whole answer: its deltas put together."""
 
     text: str
-    reasoning: str | None
-    tool_calls: tuple[dict[str, Any], ...]
     reason: str
+    reasoning: str | None = None
+    tool_calls: tuple[dict[str, Any], ...] = ()
+    logprobs: list[TokenLogprob] | None = None
+
+
+class Completion(msgspec.Struct, frozen=True, kw_only=True):
+    """All answers to a request."""
+
+    choices: tuple[Choice, ...]
     usage: Usage

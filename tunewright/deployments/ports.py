@@ -55,6 +55,11 @@ class Generate(msgspec.Struct, frozen=True, kw_only=True, tag="generate"):
     max_tokens: int
     stop: list[str] = []
     stop_ids: list[int] = []
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: dict[int, float] = {}
+    top_logprobs: int | None = None
+    """How many of the likeliest tokens are told at each place; None tells no probabilities at all."""
 
 
 class Prove(msgspec.Struct, frozen=True, kw_only=True, tag="prove"):
@@ -83,11 +88,22 @@ class Health(msgspec.Struct, frozen=True, kw_only=True, tag="health"):
 EngineRequest = Generate | Prove | Unload | Health
 
 
-class TokenText(msgspec.Struct, frozen=True, kw_only=True, tag="token"):
-    """New text (whole characters; may be empty) after `n_tokens` generated tokens so far."""
+class TokenScore(msgspec.Struct, frozen=True, array_like=True):
+    """A token of the answer with the natural logarithm of its probability, as the model itself gave it: before temperature,
+    penalties and bias. `top` are the likeliest tokens at its place, likeliest first."""
+
+    token_id: int
+    logprob: float
+    top: list[tuple[int, float]] = []
+
+
+class TokenText(msgspec.Struct, frozen=True, kw_only=True, tag="token", omit_defaults=True):
+    """New text (whole characters; may be empty) after `n_tokens` generated tokens so far. `scores` are of the tokens whose
+    text is out with this line, if the request asked for them."""
 
     text: str
     n_tokens: int
+    scores: list[TokenScore] = []
 
 
 class Done(msgspec.Struct, frozen=True, kw_only=True, tag="done"):

@@ -22,6 +22,10 @@ class AnswerText:
         self._decoder = decoder
         self._stop = [text for text in stop if text]
         self._held = ""
+        self.taken = 0
+        """Characters of the answer so far, held back ones included."""
+        self.shown = 0
+        self.stopped = False
 
     def push(self, token_id: int) -> tuple[str, bool]:
         """Text that can be shown now, and whether a stop string was met (the text before it is then all there is)."""
@@ -33,20 +37,24 @@ class AnswerText:
         if met:
             return text, True
         text, self._held = text + self._held, ""
+        self.shown = self.taken
         return text, False
 
     def _release(self, new: str) -> tuple[str, bool]:
+        self.taken += len(new)
         if not self._stop:
+            self.shown = self.taken
             return new, False
         self._held += new
         places = [place for place in (self._held.find(stop) for stop in self._stop) if place >= 0]
         if places:
-            text, self._held = self._held[: min(places)], ""
-            return text, True
-        keep = max(_overlap(self._held, stop) for stop in self._stop)
-        text = self._held[: len(self._held) - keep]
-        self._held = self._held[len(self._held) - keep :]
-        return text, False
+            text, self._held, self.stopped = self._held[: min(places)], "", True
+        else:
+            keep = max(_overlap(self._held, stop) for stop in self._stop)
+            text = self._held[: len(self._held) - keep]
+            self._held = self._held[len(self._held) - keep :]
+        self.shown += len(text)
+        return text, self.stopped
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -134,7 +134,8 @@ class _Replies:
     def _add(self, reply: EngineReply) -> None:
         last = self._pending[-1] if self._pending else None
         if isinstance(reply, TokenText) and isinstance(last, TokenText):
-            self._pending[-1] = TokenText(text=last.text + reply.text, n_tokens=reply.n_tokens)
+            scores = last.scores + reply.scores
+            self._pending[-1] = TokenText(text=last.text + reply.text, n_tokens=reply.n_tokens, scores=scores)
         else:
             self._pending.append(reply)
         self._news.set()

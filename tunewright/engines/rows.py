@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from tunewright.deployments.ports import Done, EngineReply, Generate, Prove, TokenText, Trouble, Unload
+from tunewright.deployments.ports import Done, EngineReply, Generate, Prove, TokenScore, TokenText, Trouble, Unload
 from tunewright.engines.adapter_files import Adapter
 from tunewright.engines.adapter_shelf import Key
 from tunewright.engines.answer_text import AnswerText
@@ -59,6 +59,8 @@ class Row:
     generated: int = 0
     last_token: int = -1
     finished: bool = field(default=False)
+    _hidden: list[tuple[int, int, TokenScore]] = field(default_factory=list)
+    """Scores that wait for the text of their tokens, characters [begin, end) of the answer, to be shown."""
 
     @property
     def decoding(self) -> bool:
@@ -73,15 +75,17 @@ class Row:
         tokens = prompt[self.cached : self.cached + budget]
         return Part(slot, self.cached, tokens, self.adapter, self.cached + len(tokens) == len(prompt), False)
 
-    def accept(self, token: int) -> None:
+    def accept(self, token: int, score: TokenScore | None = None) -> None:
         """Take the next token of the answer; replies go out, and `finished` becomes true at the end."""
         self.generated += 1
         self.last_token = token
         met = token in self.stop_ids
         full = self.generated >= self.request.max_tokens
-        text = ""
         if not met:
+            begins = self.text.taken
             text, met = self.text.push(token)
+            if score is not None:
+                self._hidden.append((begins, self.text.taken, score))
             self._show(text)
             if met:
                 return self._finish("stop")
@@ -92,8 +96,17 @@ class Row:
         return None
 
     def _show(self, text: str) -> None:
-        if text:
-            self.ticket.reply(TokenText(text=text, n_tokens=self.generated))
+        scores = self._released()
+        if text or scores:
+            self.ticket.reply(TokenText(text=text, n_tokens=self.generated, scores=scores))
+
+    def _released(self) -> list[TokenScore]:
+        """Scores of tokens whose text has all been shown; of what a stop string cut off, those that were shown in part."""
+        text = self.text
+        out = [end <= text.shown or (text.stopped and begin < text.shown) for begin, end, _ in self._hidden]
+        scores = [score for (_, _, score), is_out in zip(self._hidden, out, strict=True) if is_out]
+        self._hidden = [hidden for hidden, is_out in zip(self._hidden, out, strict=True) if not is_out]
+        return scores
 
     def _finish(self, reason: str) -> None:
         self.finished = True

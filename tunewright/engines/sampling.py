@@ -1,5 +1,8 @@
 """Choosing the next token of one row."""
 
+from collections import Counter
+from collections.abc import Mapping
+
 import numpy as np
 
 _FIRST_LOOK = 256
@@ -12,16 +15,52 @@ class Sampler:
     answer whoever else is being served. Without a seed the stream starts from fresh entropy.
     """
 
-    def __init__(self, *, temperature: float, top_p: float, top_k: int, seed: int | None) -> None:
-        self.greedy = temperature < 1e-4  # below this, rounding decides anyway
+    def __init__(
+        self,
+        *,
+        temperature: float,
+        top_p: float,
+        top_k: int,
+        seed: int | None,
+        presence_penalty: float = 0.0,
+        frequency_penalty: float = 0.0,
+        logit_bias: Mapping[int, float] | None = None,
+    ) -> None:
+        self._greedy = temperature < 1e-4  # below this, rounding decides anyway
         self._temperature = temperature
         self._top_p = top_p
         self._top_k = top_k
         self._random = np.random.default_rng(None if seed is None else seed % 2**64)
+        self._presence, self._frequency = presence_penalty, frequency_penalty
+        self._counts: Counter[int] = Counter()
+        bias = dict(logit_bias or {})
+        self._biased = np.fromiter(bias.keys(), np.int64, len(bias))
+        self._bias = np.fromiter(bias.values(), np.float32, len(bias))
+        self.takes_likeliest = self._greedy and not (bias or presence_penalty or frequency_penalty)
+        """Whether the next token is just the one with the largest logit, whatever came before."""
 
     def choose(self, logits_V: np.ndarray) -> int:
-        """The id of the next token from finite float32 logits."""
-        if self.greedy:
+        """The id of the next token from finite float32 logits, which stay as they are."""
+        token = self._drawn(self._shaped(logits_V))
+        if self._presence or self._frequency:
+            self._counts[token] += 1
+        return token
+
+    def _shaped(self, logits_V: np.ndarray) -> np.ndarray:
+        """Bias added; taken from each token of the answer so far: the presence penalty once, the frequency penalty as often as
+        it occurs. The prompt does not count."""
+        if not (len(self._biased) or self._counts):
+            return logits_V
+        shaped_V = logits_V.copy()
+        shaped_V[self._biased] += self._bias
+        if self._counts:
+            ids = np.fromiter(self._counts.keys(), np.int64, len(self._counts))
+            counts = np.fromiter(self._counts.values(), np.float32, len(self._counts))
+            shaped_V[ids] -= np.float32(self._presence) + np.float32(self._frequency) * counts
+        return shaped_V
+
+    def _drawn(self, logits_V: np.ndarray) -> int:
+        if self._greedy:
             return int(logits_V.argmax())
         weights_V = np.exp((logits_V - logits_V.max()) / np.float32(self._temperature)).astype(np.float64)
         ids = self._kept(weights_V)

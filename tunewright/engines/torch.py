@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from tunewright.deployments.ports import EngineReply, Generate, Prove, State, Unload, WorkerSpec
+from tunewright.deployments.ports import EngineReply, Generate, Prove, State, TokenScore, Unload, WorkerSpec
 from tunewright.engines.adapter_files import Adapter, adapter_invalid, read_adapter
 from tunewright.engines.adapter_shelf import AdapterShelf, Key, Want
 from tunewright.engines.answer_text import AnswerText, StreamDecoder
@@ -129,6 +129,10 @@ class Engine:
         if not prompts or not all(prompts) or any(i not in allowed for prompt in prompts for i in prompt):
             raise InvalidRequest(
                 "invalid_prompt", mark("The prompt is empty or has tokens that this base does not know.")
+            )
+        if isinstance(request, Generate) and not all(token in allowed for token in request.logit_bias):
+            raise InvalidRequest(
+                "invalid_value", mark("logit_bias has tokens that this base does not know."), param="logit_bias"
             )
         if isinstance(request, Generate) and answer < 1:
             raise InvalidRequest("invalid_max_tokens", mark("max_tokens must be at least 1."), param="max_tokens")
@@ -263,7 +267,15 @@ class Engine:
                 self._shelf.give_back(ticket.key)
 
     def _row(self, ticket: Ticket, request: Generate, adapter: Adapter | None) -> Row:
-        sampler = Sampler(temperature=request.temperature, top_p=request.top_p, top_k=request.top_k, seed=request.seed)
+        sampler = Sampler(
+            temperature=request.temperature,
+            top_p=request.top_p,
+            top_k=request.top_k,
+            seed=request.seed,
+            presence_penalty=request.presence_penalty,
+            frequency_penalty=request.frequency_penalty,
+            logit_bias=request.logit_bias,
+        )
         text = AnswerText(self._stream_decoder(), request.stop)
         return Row(ticket, request, adapter, sampler, text, frozenset(request.stop_ids))
 
@@ -311,27 +323,30 @@ class Engine:
         batch = make_batch([part for _, part in chosen], self._decoder.device)
         logits_WV = self._decoder.logits(batch, self._cache)[:, : self._vocabulary]
         best_W, ids_W = (tensor.tolist() for tensor in logits_WV.max(dim=-1)) if batch.wanted_order else ([], [])
-        tokens: dict[int, int | None] = {}
+        tokens: dict[int, tuple[int, TokenScore | None] | None] = {}
         for place, index in enumerate(batch.wanted_order):
+            row = chosen[index][0]
             if not math.isfinite(best_W[place]):
                 tokens[index] = None
-            elif (sampler := chosen[index][0].sampler).greedy:
-                tokens[index] = ids_W[place]
-            else:
-                tokens[index] = sampler.choose(logits_WV[place].cpu().numpy())
+                continue
+            token = ids_W[place]
+            if not row.sampler.takes_likeliest:
+                token = row.sampler.choose(logits_WV[place].cpu().numpy())
+            n_top = row.request.top_logprobs
+            tokens[index] = token, None if n_top is None else score_of(logits_WV[place], token, n_top)
         for row, part in chosen:
             self._running.advance(row, len(part.tokens))
         for index, token in tokens.items():
             self._take_token(chosen[index][0], token)
 
-    def _take_token(self, row: Row, token: int | None) -> None:
+    def _take_token(self, row: Row, token: tuple[int, TokenScore | None] | None) -> None:
         if token is None:
             row.ticket.fail(
                 TunewrightError("not_finite", mark("The model's numbers ran out of range; this request was stopped."))
             )
             return self._end(row, poisoned=True)
         try:
-            row.accept(token)
+            row.accept(*token)
         except Exception:
             _log.exception("request %s failed", row.request.request_id)
             row.ticket.fail(_engine_error())
@@ -364,6 +379,13 @@ class Engine:
         for probe in list(self._probes):
             probe.ticket.fail(_engine_error())
             self._end_probe(probe)
+
+
+def score_of(logits_V: torch.Tensor, token: int, n_top: int) -> TokenScore:
+    """What the model thought of a token that was chosen from its logits, and of the `n_top` likeliest."""
+    logprobs_V = logits_V.double().log_softmax(-1)
+    values, ids = logprobs_V.topk(min(n_top, len(logprobs_V)))
+    return TokenScore(token, logprobs_V[token].item(), list(zip(ids.tolist(), values.tolist(), strict=True)))
 
 
 def _engine_error() -> TunewrightError:

@@ -12,11 +12,13 @@ from tunewright.datasets.records import FINE_TUNE_PURPOSES, File
 from tunewright.datasets.report import Report
 from tunewright.errors import Conflict, InvalidRequest, NotFound, quote
 from tunewright.i18n import mark
-from tunewright.jobs.hyperparameters import NEED_VALIDATION
 from tunewright.models.records import Base, TunedModel
 
+NEED_VALIDATION = ("early_stopping", "eval_steps")
+"""Hyperparameters that mean nothing without validation rows."""
 SUPERVISED = "supervised"
 DPO = "dpo"
+QLORA = "qlora"
 LARGEST_SEED = 2**31 - 1
 MOST_BAD_ROWS = 100_000
 LARGEST_BAD_RATIO = 0.5
@@ -76,22 +78,37 @@ def check_text(value: Any, param: str) -> str:
     return value
 
 
+def offered(base: Base, tuned: TunedModel | None = None) -> list[tuple[str, str]]:
+    """(method, training type) of every training that starts from `base`, or from `tuned`: an adapter goes on being trained
+    and nothing else."""
+    types = [name for name in base.methods if name == "lora" or (name != DPO and tuned is None)]
+    pairs = [(DPO, "lora")] if DPO in base.methods and "lora" in types else []
+    return [(SUPERVISED, name) for name in types] + pairs
+
+
 def check_method(base: Base, method: Any, training_type: Any, tuned: TunedModel | None = None) -> None:
-    """Raises InvalidRequest(`method_not_supported`, `training_type_not_supported`) for what `base` does not take. Where a
-    job continues from `tuned`, its adapter goes on being trained and nothing else."""
-    known = method in (SUPERVISED, DPO) and isinstance(method, str)
-    if not known or (method == DPO and DPO not in base.methods):
-        offered = [SUPERVISED, *(name for name in base.methods if name == DPO)]
+    """Raises InvalidRequest(`method_not_supported`, `training_type_not_supported`) for what is not `offered`."""
+    if training_type == QLORA:
+        raise InvalidRequest(
+            "training_type_not_supported",
+            mark(
+                "QLoRA keeps the base in 4 bits, which needs a GPU and is not in this release. "
+                'Use training_type "lora", which takes more memory and gives the same kind of adapter.'
+            ),
+            param="training_type",
+        )
+    pairs = offered(base, tuned)
+    methods = list(dict.fromkeys(name for name, _ in pairs)) or [SUPERVISED]
+    if not isinstance(method, str) or method not in methods:
         raise InvalidRequest(
             "method_not_supported",
             mark("The method {method} is not supported for {model}. Supported: {offered}."),
             param="method.type",
             method=quote(method),
             model=base.code,
-            offered=", ".join(offered),
+            offered=", ".join(methods),
         )
-    adapter_only = method == DPO or tuned is not None
-    types = [name for name in base.methods if name == "lora" or (name != DPO and not adapter_only)]
+    types = [name for known, name in pairs if known == method]
     if not isinstance(training_type, str) or training_type not in types:
         raise InvalidRequest(
             "training_type_not_supported",

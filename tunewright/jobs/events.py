@@ -30,6 +30,17 @@ def message(job: Job, code: str, text: str, /, *, level: str = "info", **values:
     )
 
 
+def created(job: Job) -> JobEvent:
+    """The first line of every job, with the job that it was copied from."""
+    if job.retry_of is not None:
+        text = mark("Created fine-tuning job {job} to try job {source} again")
+        return message(job, "created", text, job=job.id, source=job.retry_of)
+    if job.cloned_from is not None:
+        text = mark("Created fine-tuning job {job} as a copy of job {source}")
+        return message(job, "created", text, job=job.id, source=job.cloned_from)
+    return message(job, "created", mark("Created fine-tuning job {job}"), job=job.id)
+
+
 def prepared(job: Job, choice: RowChoice) -> list[JobEvent]:
     """What is used of the files of a job that goes into the queue, and what is not."""
     found = []

@@ -14,16 +14,19 @@ the loss falls from 2.4 to 0.12.
 """
 
 import math
-import re
-from collections.abc import Callable, Mapping
-from functools import partial
-from typing import Any, NoReturn
+from collections.abc import Mapping
+from typing import Any
 
 from tunewright.errors import InvalidRequest, quote
 from tunewright.i18n import mark
+from tunewright.jobs.creation import DPO
+from tunewright.jobs.ranges import Fraction, Range, Stopping, Whole, Word
 from tunewright.jobs.spec import EarlyStopping, Hyperparameters
 
 AUTO = "auto"
+ONLY_DPO = frozenset({"beta"})
+ONLY_LORA = frozenset({"lora_rank", "lora_alpha"})
+"""Taken for a training of type full too, where they mean nothing."""
 BASE_LEARNING_RATE = {"lora": 2e-4, "full": 1e-5}
 """What a multiplier of 1.0 means in supervised training, by training type."""
 DPO_LEARNING_RATE = 2e-5
@@ -38,18 +41,13 @@ _MOST_AUTO_BATCH = 16
 _USUAL_LENGTH = 1024
 _USUAL_RANK = 16
 _USUAL_WARMUP = 0.05
+_ALWAYS = mark("always {default}")
 _LEAST_AUTO_EVAL_STEPS = 50
 _EVALUATION_SHARE = 0.1
 _FORWARD_SHARE = 1 / 3
 """Of the time that a row takes in training, what it takes to be looked at."""
-NEED_VALIDATION = ("early_stopping", "eval_steps")
-"""Hyperparameters that mean nothing without validation rows."""
-
-_NUMBER = re.compile(r"[+-]?[0-9]{1,15}(\.[0-9]{1,15})?")
-"""Some clients send numbers as text. Plain decimals only: '1e-4' is more often a slip than a wish."""
 
 Value = int | float | str | dict[str, int | float]
-_Reader = Callable[[str, Any], int | float | dict[str, int | float] | None]
 
 
 def parse(values: Mapping[str, Any] | None, *, method: str, context_tokens: int) -> dict[str, Value]:
@@ -59,25 +57,25 @@ def parse(values: Mapping[str, Any] | None, *, method: str, context_tokens: int)
     Raises InvalidRequest: `unknown_parameter` for a name that is not known (or `beta` outside dpo), `invalid_value`
     with the range for a value that is not in it.
     """
-    readers = _readers(method, context_tokens)
+    known = ranges(method, "lora", context_tokens)
     if values is None:
         values = {}
     if not isinstance(values, Mapping):
         raise InvalidRequest("invalid_value", mark("hyperparameters must be an object."), param="hyperparameters")
     requested: dict[str, Value] = dict.fromkeys(("n_epochs", "batch_size", "learning_rate_multiplier"), AUTO)
     for name, value in values.items():
-        reader = readers.get(name)
-        if reader is None:
+        range_ = known.get(name)
+        if range_ is None:
             raise InvalidRequest(
                 "unknown_parameter",
                 mark("There is no hyperparameter {name}. Known ones: {known}."),
                 param=f"hyperparameters.{quote(name)}",
                 name=quote(name),
-                known=", ".join(readers),
+                known=", ".join(known),
             )
         if value is None or value == AUTO:
             continue
-        read = reader(f"hyperparameters.{name}", value)
+        read = range_.read(f"hyperparameters.{name}", value)
         if read is not None:
             requested[name] = read
     return requested
@@ -107,13 +105,16 @@ def resolve(
         n_epochs=chosen("n_epochs", min(_MOST_AUTO_EPOCHS, max(_USUAL_EPOCHS[method], enough))),
         batch_size=batch_size,
         learning_rate_multiplier=multiplier,
-        learning_rate=(DPO_LEARNING_RATE if method == "dpo" else BASE_LEARNING_RATE[training_type]) * multiplier,
+        learning_rate=(DPO_LEARNING_RATE if method == DPO else BASE_LEARNING_RATE[training_type]) * multiplier,
         lora_rank=rank,
         lora_alpha=chosen("lora_alpha", 2 * rank),
         max_length=chosen("max_length", min(_USUAL_LENGTH, context_tokens)),
         warmup_ratio=float(chosen("warmup_ratio", _USUAL_WARMUP)),
         weight_decay=float(chosen("weight_decay", 0.0)),
-        beta=float(chosen("beta", DPO_BETA)) if method == "dpo" else None,
+        beta=float(chosen("beta", DPO_BETA)) if method == DPO else None,
+        precision=chosen("precision", AUTO),
+        activation_checkpointing=chosen("activation_checkpointing", AUTO),
+        micro_batch_tokens=chosen("micro_batch_tokens", None),
         eval_steps=chosen("eval_steps", _eval_steps(validation_rows, batch_size, steps_per_epoch)),
         early_stopping=EarlyStopping(**stopping) if (stopping := chosen("early_stopping", None)) else None,
     )
@@ -128,85 +129,53 @@ def _eval_steps(validation_rows: int, batch_size: int, steps_per_epoch: int) -> 
     return steps if 2 * steps <= steps_per_epoch else None
 
 
-def _readers(method: str, context_tokens: int) -> dict[str, _Reader]:
-    readers: dict[str, _Reader] = {
-        "n_epochs": partial(_whole, 1, 50),
-        "batch_size": partial(_whole, 1, 256),
-        "learning_rate_multiplier": partial(_fraction, 0.0, 10.0, False),
-        "lora_rank": partial(_whole, 1, 256),
-        "lora_alpha": partial(_whole, 1, 1024),
-        "max_length": partial(_whole, 16, context_tokens),
-        "warmup_ratio": partial(_fraction, 0.0, 0.5, True),
-        "weight_decay": partial(_fraction, 0.0, 1.0, True),
-        "eval_steps": partial(_whole, 1, 1_000_000),
-        "early_stopping": _early_stopping,
+def ranges(method: str, training_type: str, context_tokens: int) -> dict[str, Range]:
+    """The one table of hyperparameters that a method takes: `parse` reads by it, and the API shows it."""
+    dpo = method == DPO
+    rate = DPO_LEARNING_RATE if dpo else BASE_LEARNING_RATE[training_type]
+    found: dict[str, Range] = {
+        "n_epochs": Whole(
+            1,
+            50,
+            auto=mark("{usual}, or as many as make {steps} optimizer steps of few rows, at most {most}"),
+            values={"usual": _USUAL_EPOCHS[method], "steps": _ENOUGH_STEPS, "most": _MOST_AUTO_EPOCHS},
+        ),
+        "batch_size": Whole(
+            1,
+            256,
+            auto=mark("the number of rows divided by {parts}, at least 1 and at most {most}"),
+            values={"parts": _STEPS_PER_EPOCH, "most": _MOST_AUTO_BATCH},
+        ),
+        "learning_rate_multiplier": Fraction(
+            0.0,
+            10.0,
+            least_included=False,
+            auto=mark("1, which is a learning rate of {rate}"),
+            values={"rate": f"{rate:g}"},
+            default=1.0,
+        ),
+        "lora_rank": Whole(1, 256, auto=_ALWAYS, default=_USUAL_RANK),
+        "lora_alpha": Whole(1, 1024, auto=mark("twice lora_rank")),
+        "max_length": Whole(
+            16,
+            context_tokens,
+            auto=mark("{usual} tokens, or the model's context where that is shorter"),
+            values={"usual": _USUAL_LENGTH},
+            default=min(_USUAL_LENGTH, context_tokens),
+        ),
+        "warmup_ratio": Fraction(0.0, 0.5, auto=_ALWAYS, default=_USUAL_WARMUP),
+        "weight_decay": Fraction(0.0, 1.0, auto=_ALWAYS, default=0.0),
+        "precision": Word(
+            ("float32", "bfloat16"), auto=mark("the faster one where the job runs, measured at its start")
+        ),
+        "activation_checkpointing": Word(("on", "off"), auto=mark("on only where memory is too small without")),
+        "micro_batch_tokens": Whole(64, 65536, auto=mark("1024, or less where memory is too small")),
+        "eval_steps": Whole(
+            1,
+            1_000_000,
+            auto=mark("in long epochs as often as takes a tenth of the time, otherwise at the end of each epoch only"),
+        ),
+        "early_stopping": Stopping(auto=mark("off")),
+        "beta": Fraction(0.0, 2.0, least_included=False, auto=_ALWAYS, default=DPO_BETA),
     }
-    if method == "dpo":
-        readers["beta"] = partial(_fraction, 0.0, 2.0, False)
-    return readers
-
-
-def _whole(least: int, most: int, param: str, value: Any) -> int:
-    number = _number(value)
-    if number is None or number != number or not least <= number <= most or number != int(number):
-        _refuse_whole(least, most, param, value)
-    return int(number)
-
-
-def _refuse_whole(least: int, most: int, param: str, value: Any) -> NoReturn:
-    raise InvalidRequest(
-        "invalid_value",
-        mark("{field} must be a whole number from {least} to {most} or 'auto', not {value}."),
-        param=param,
-        field=param,
-        least=least,
-        most=most,
-        value=quote(value),
-    )
-
-
-def _fraction(least: float, most: float, least_allowed: bool, param: str, value: Any) -> float:
-    number = _number(value)
-    if number is not None and number <= most and (number > least or (least_allowed and number == least)):
-        return float(number)
-    sentence = (
-        mark("{field} must be a number from {least} to {most} or 'auto', not {value}.")
-        if least_allowed
-        else mark("{field} must be a number above {least} and at most {most} or 'auto', not {value}.")
-    )
-    raise InvalidRequest(
-        "invalid_value", sentence, param=param, field=param, least=least, most=most, value=quote(value)
-    )
-
-
-def _early_stopping(param: str, value: Any) -> dict[str, int | float] | None:
-    """What `EarlyStopping` is made of; None for false."""
-    if value in (False, "false"):
-        return None
-    given = {} if value in (True, "true") else value
-    readers: dict[str, Callable[[str, Any], int | float]] = {
-        "patience": partial(_whole, 1, 100),
-        "min_delta": partial(_fraction, 0.0, 100.0, True),
-    }
-    if not isinstance(given, Mapping) or not readers.keys() >= given.keys():
-        raise InvalidRequest(
-            "invalid_value",
-            mark("{field} must be true, false or an object with patience and min_delta, not {value}."),
-            param=param,
-            field=param,
-            value=quote(value),
-        )
-    found: dict[str, int | float] = {"patience": 3, "min_delta": 0.0}
-    asked = {name: value for name, value in given.items() if value not in (None, AUTO)}
-    return found | {name: readers[name](f"{param}.{name}", value) for name, value in asked.items()}
-
-
-def _number(value: Any) -> int | float | None:
-    """None if it is no number. NaN passes; it fails every comparison that follows."""
-    if isinstance(value, bool):
-        return None
-    if isinstance(value, int | float):
-        return value
-    if isinstance(value, str) and _NUMBER.fullmatch(value):
-        return float(value) if "." in value else int(value)
-    return None
+    return {name: range_ for name, range_ in found.items() if dpo or name not in ONLY_DPO}

@@ -64,6 +64,7 @@ def _changes(job: Job, batch: Batch) -> dict[str, Any]:
         if isinstance(record, Started):
             changes["total_steps"] = record.total_steps
             changes["rows"] = record.rows
+            changes["choices"] = record.choices
         elif isinstance(record, Metrics):
             step = max(step, record.step)
             changes["total_steps"] = record.total_steps

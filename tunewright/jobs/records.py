@@ -102,6 +102,12 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     step: int = 0
     rehearsal: dict[str, Any] = {}
     """What became of the dress rehearsal (`jobs/rehearsals.py`): `status` and what was measured. Empty before it is decided."""
+    choices: dict[str, Any] = {}
+    """What the newest trainer chose at its start and why: dtype, threads ..."""
+    retry_of: str | None = None
+    """The job that this one repeats with the same settings, or with those that its failure suggested."""
+    cloned_from: str | None = None
+    """The job that this one was copied from, with changes."""
     deleted_at: int | None = None
 
 

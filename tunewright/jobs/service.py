@@ -1,8 +1,8 @@
 """What callers may do with jobs: decide, store, answer. The control loop (`controller.py`) does the work."""
 
 import shutil
-from collections.abc import Callable
-from typing import TYPE_CHECKING, NoReturn
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import msgspec
 
@@ -12,7 +12,7 @@ from tunewright.datasets.records import File
 from tunewright.errors import Conflict, InvalidRequest, NotFound, RateLimited, quote
 from tunewright.i18n import mark
 from tunewright.ids import new_id
-from tunewright.jobs import creation, events
+from tunewright.jobs import copies, creation, events
 from tunewright.jobs.creation import CreateJob
 from tunewright.jobs.hyperparameters import parse
 from tunewright.jobs.ports import OnEnd, nothing_at_end
@@ -72,11 +72,55 @@ class JobService:
         Raises NotFound(`base_not_found`, `file_not_found`), InvalidRequest (many codes, `param` names the field),
         RateLimited(`too_many_jobs`), IdempotencyMismatch.
         """
-        request_id = creation.check_request_id(request.request_id)
-        with self._storage.read() as tx:
-            earlier = _earlier(tx, project_id, request_id, idempotency)
+        return self._earlier(project_id, request.request_id, idempotency) or self._create(
+            project_id, request, idempotency
+        )
+
+    def retry(
+        self,
+        project_id: str,
+        job_id: str,
+        *,
+        apply_suggestion: bool = False,
+        request_id: Any = None,
+        idempotency: IdempotencyKey | None = None,
+    ) -> Job:
+        """A new job with the settings of one that has ended, changed as its failure suggests if that is wanted.
+
+        Can be repeated as `create` can. Raises what `create` raises, NotFound(`job_not_found`),
+        Conflict(`job_not_finished`), InvalidRequest(`no_suggestion`).
+        """
+        earlier = self._earlier(project_id, request_id, idempotency)
         if earlier is not None:
             return earlier
+        job = self.get(project_id, job_id)
+        request = copies.retry_of(job, apply_suggestion=apply_suggestion)
+        request = msgspec.structs.replace(request, request_id=request_id)
+        return self._create(project_id, request, idempotency, retry_of=job.id)
+
+    def clone(
+        self, project_id: str, job_id: str, changes: Mapping[str, Any], idempotency: IdempotencyKey | None = None
+    ) -> Job:
+        """A new job with the settings of another one in whatever state, but for `changes`: fields of CreateJob.
+
+        Can be repeated as `create` can. Raises what `create` raises, NotFound(`job_not_found`).
+        """
+        earlier = self._earlier(project_id, changes.get("request_id"), idempotency)
+        if earlier is not None:
+            return earlier
+        job = self.get(project_id, job_id)
+        return self._create(project_id, copies.clone_of(job, changes), idempotency, cloned_from=job.id)
+
+    def _earlier(self, project_id: str, request_id: Any, idempotency: IdempotencyKey | None) -> Job | None:
+        """What the same request made before. Looked up first, so that a repeat meets no check that the first one passed."""
+        request_id = creation.check_request_id(request_id)
+        with self._storage.read() as tx:
+            return _earlier(tx, project_id, request_id, idempotency)
+
+    def _create(
+        self, project_id: str, request: CreateJob, idempotency: IdempotencyKey | None, **lineage: str | None
+    ) -> Job:
+        request_id = creation.check_request_id(request.request_id)
         base, tuned = self._tunable(project_id, creation.check_text(request.model, "model"))
         creation.check_method(base, request.method, request.training_type, tuned)
         with self._storage.write() as tx:
@@ -84,6 +128,7 @@ class JobService:
             if earlier is not None:  # a twin of this request came first
                 return earlier
             job = self._checked(tx, project_id, request, request_id, base)
+            job = msgspec.structs.replace(job, **lineage)
             self._insert(tx, job, idempotency)
         self.on_change()
         return job
@@ -92,6 +137,15 @@ class JobService:
         """Raises NotFound(`job_not_found`), also for deleted jobs."""
         with self._storage.read() as tx:
             return _known(tx, project_id, job_id)
+
+    def update(self, project_id: str, job_id: str, changes: Mapping[str, Any]) -> Job:
+        """Change `metadata`, the only field so far. Raises NotFound, InvalidRequest(`invalid_value`)."""
+        metadata = creation.check_metadata(changes["metadata"]) if "metadata" in changes else None
+        with self._storage.write() as tx:
+            job = _known(tx, project_id, job_id)
+            if "metadata" in changes:
+                job = _change(tx, job, metadata=metadata)
+        return job
 
     def cancel(self, project_id: str, job_id: str) -> Job:
         """`cancelled` at once where no trainer can be, else `cancelling`; the control loop ends the trainer.
@@ -181,12 +235,29 @@ class JobService:
         return found[:limit], len(found) > limit
 
     def list(
-        self, project_id: str, *, after: str | None = None, limit: int = 20, metadata: dict[str, str] | None = None
+        self,
+        project_id: str,
+        *,
+        after: str | None = None,
+        limit: int = 20,
+        metadata: dict[str, str] | None = None,
+        status: str | None = None,
+        model: str | None = None,
     ) -> tuple[list[Job], bool]:
-        """Newest first, and whether there are more."""
+        """Newest first, and whether there are more. `model` is a base's code or what jobs were asked to train."""
         with self._storage.read() as tx:
-            found = tx.jobs.list(project_id, after=after, limit=limit + 1, metadata=metadata)
+            found = tx.jobs.list(
+                project_id, after=after, limit=limit + 1, metadata=metadata, status=status, model=model
+            )
         return found[:limit], len(found) > limit
+
+    def trainings(self, project_id: str, model: str) -> tuple[Base, tuple[tuple[str, str], ...]]:
+        """The base of `model`, and (method, training type) of what can be trained from it.
+
+        Raises NotFound(`base_not_found`), InvalidRequest(`model_not_tunable`, `model_not_pulled`).
+        """
+        base, tuned = self._tunable(project_id, model)
+        return base, tuple(creation.offered(base, tuned))
 
     def _tunable(self, project_id: str, model: str) -> tuple[Base, TunedModel | None]:
         """The base, and the tuned model to continue from."""
@@ -275,7 +346,7 @@ class JobService:
             )
         )
         tx.jobs.insert(job)
-        tx.jobs.add_events([events.message(job, "created", mark("Created fine-tuning job {job}"), job=job.id)])
+        tx.jobs.add_events([events.created(job)])
         if idempotency is not None:
             remember(tx, job.project_id, _ROUTE, idempotency, job.id)
 

@@ -33,7 +33,10 @@ class EarlyStopping(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Hyperparameters(msgspec.Struct, frozen=True, kw_only=True):
-    """Resolved numbers; nothing is 'auto' any more. `batch_size` counts rows per optimizer step."""
+    """Resolved numbers. `batch_size` counts rows per optimizer step.
+
+    The last three say how it is computed, not what; where they are open ('auto', None) the trainer measures and chooses.
+    """
 
     n_epochs: int
     batch_size: int
@@ -48,6 +51,12 @@ class Hyperparameters(msgspec.Struct, frozen=True, kw_only=True):
     eval_steps: int | None = None
     """The validation rows are looked at every so many steps, besides the end of each epoch. None: only there."""
     early_stopping: EarlyStopping | None = None
+    precision: str = "auto"
+    """auto, float32 or bfloat16: of the base; what is trained is float32 in any case."""
+    activation_checkpointing: str = "auto"
+    """auto, on or off."""
+    micro_batch_tokens: int | None = None
+    """Tokens of one forward pass."""
 
 
 class DataChoice(msgspec.Struct, frozen=True, kw_only=True):
@@ -90,6 +99,8 @@ class TrainingSpec(msgspec.Struct, frozen=True, kw_only=True):
     seed: int
     threads: int
     """0 lets the trainer measure how many are best."""
+    memory_limit_bytes: int = 0
+    """What the trainer may take in all; 0 lets it look at what is free."""
     checkpoint_every_s: float
     max_line_bytes: int
     token_cache: str | None = None

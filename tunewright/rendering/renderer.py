@@ -112,6 +112,10 @@ class Renderer:
         """Text of ids without special tokens."""
         return self._tokens.decode(ids)
 
+    def written(self, token_id: int) -> bytes:
+        """The bytes of one token as `Tokens.written` has them; a part of a character may be all it has."""
+        return self._tokens.written(token_id)
+
     def pieces(self, ids: Iterable[int]) -> list[str | None]:
         """The text of each token as `Tokens.pieces` has it."""
         return self._tokens.pieces(ids)

@@ -2,6 +2,7 @@
 
 import codecs
 import json
+import re
 from collections.abc import Iterable
 from functools import lru_cache
 from typing import Any, Protocol
@@ -120,6 +121,14 @@ class Tokens:
             found[begun] = decoder.flush()
         return found
 
+    def written(self, token_id: int) -> bytes:
+        """The bytes that a token stands for wherever it occurs, special ones as they are written."""
+        if self._byte_level and not self.is_special(token_id):
+            return self.bytes_of(token_id)
+        token = self._first.id_to_token(token_id) or ""
+        one_byte = _ONE_BYTE.fullmatch(token)
+        return bytes([int(one_byte[1], 16)]) if one_byte else token.replace("\u2581", " ").encode()
+
     def bytes_of(self, token_id: int) -> bytes:
         """The bytes that a token of a byte-level vocabulary stands for; b'' for special and unknown ids."""
         known = self._bytes.get(token_id)
@@ -229,3 +238,5 @@ def _byte_characters() -> dict[str, int]:
 
 
 _BYTE_OF = _byte_characters()
+_ONE_BYTE = re.compile(r"<0x([0-9A-F]{2})>")
+"""How vocabularies that fall back to bytes write one of them; a U+2581 there is a space."""

@@ -27,11 +27,22 @@ class Jobs:
         return self._one(jobs.c.project_id == project_id, jobs.c.id == job_id, jobs.c.deleted_at.is_(None))
 
     def list(
-        self, project_id: str, *, after: str | None, limit: int, metadata: dict[str, str] | None = None
+        self,
+        project_id: str,
+        *,
+        after: str | None,
+        limit: int,
+        metadata: dict[str, str] | None = None,
+        status: str | None = None,
+        model: str | None = None,
     ) -> builtins.list[Job]:
-        """Newest first, keyset page, deleted ones left out; `metadata` keeps jobs that hold all those pairs.
-        Raises InvalidRequest (`invalid_cursor`)."""
+        """Newest first, keyset page, deleted ones left out; `metadata` keeps jobs that hold all those pairs, `model` those
+        of a base's code or that asked for exactly this name. Raises InvalidRequest (`invalid_cursor`)."""
         statement = sa.select(jobs).where(jobs.c.project_id == project_id, jobs.c.deleted_at.is_(None))
+        if status is not None:
+            statement = statement.where(jobs.c.status == status)
+        if model is not None:
+            statement = statement.where(sa.or_(jobs.c.model == model, jobs.c.base_code == model))
         for key, value in (metadata or {}).items():
             statement = statement.where(self._has_metadata(key, value))
         return every(

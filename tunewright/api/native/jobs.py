@@ -1,22 +1,31 @@
-"""What neither dialect has of jobs: their events as they happen."""
+"""Jobs with all that the product knows of them, their copies, and their events as they happen."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
-from fastapi import Header, Request
+from fastapi import APIRouter, Depends, Header, Query, Request
+from pydantic import BaseModel, ConfigDict, WithJsonSchema, model_validator
 from starlette.concurrency import run_in_threadpool
 
+from tunewright import strict_json
 from tunewright.api.access import exchange_of
+from tunewright.api.answers import Json
 from tunewright.api.auth import CallerOf
-from tunewright.api.body import router_at
-from tunewright.api.lists import After
+from tunewright.api.body import check_json_type, router_at
+from tunewright.api.errors import invalid
+from tunewright.api.fine_tuning import MOST_JOBS, CreateBody, JobRoutes, changed_fields, create_job
+from tunewright.api.idempotency import IdempotencyOf
+from tunewright.api.lists import After, Limit, MetadataFilter, clamped, page
 from tunewright.api.openai.fine_tuning import STATUS_WORDS, name_shown
+from tunewright.api.refusals import NOT_ON_CREATE, refuse, refuse_others
 from tunewright.api.renderings import event_object, job_object
 from tunewright.api.services import JobsOf, PlatformOf
 from tunewright.api.streaming import EventStream
-from tunewright.jobs.records import TERMINAL, Job, JobEvent
+from tunewright.errors import InvalidRequest, quote
+from tunewright.i18n import mark
+from tunewright.jobs.records import MOVES, TERMINAL, Job, JobEvent
 
 PREFIX = "/api/v1"
 BATCH = 500
@@ -24,6 +33,159 @@ POLL_S = 0.5
 """How often a stream asks the database. A trainer's step takes longer."""
 
 router = router_at(PREFIX)
+
+Status = Literal["validating", "queued", "running", "cancelling", "paused", "succeeded", "failed", "cancelled"]
+ModelFilter = Annotated[str | None, Query(max_length=256, description="A base's code, or the model that was asked for")]
+_OWN_WORDS = {status: status for status in MOVES}
+_RETRY_FIELDS = ("apply_suggestion", "request_id")
+_RETRY_SCHEMA = {
+    "requestBody": {
+        "content": {
+            "application/json": {
+                "schema": {
+                    "type": "object",
+                    "properties": {"apply_suggestion": {"type": "boolean"}, "request_id": {"type": "string"}},
+                }
+            }
+        }
+    }
+}
+
+
+class NativeCreateBody(CreateBody):
+    """As in the dialects, only that names which mean nothing are refused."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_others(cls, body: Any) -> Any:
+        return refuse_others(refuse(body, NOT_ON_CREATE), {*cls.model_fields, "requestId"})
+
+
+class ChangesBody(BaseModel):
+    """What is absent stays."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    metadata: Annotated[Any, WithJsonSchema({"type": "object", "additionalProperties": {"type": "string"}})] = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_others(cls, body: Any) -> Any:
+        return refuse_others(body, cls.model_fields)
+
+
+async def _retry_body(request: Request) -> dict[str, Any]:
+    """The fields of a body that may be absent. Raises InvalidRequest."""
+    data = await request.body()
+    if not data.strip():
+        return {}
+    check_json_type(request.headers.get("content-type"))
+    body = strict_json.loads(data)
+    if not isinstance(body, dict):
+        raise InvalidRequest("invalid_body", mark("The body must be a JSON object."))
+    refuse_others(body, _RETRY_FIELDS)
+    wish = body.get("apply_suggestion")
+    if wish is not None and not isinstance(wish, bool):
+        raise invalid("apply_suggestion", mark("{field} must be true or false, not {value}."), value=quote(wish))
+    return body
+
+
+RetryFields = Annotated[dict[str, Any], Depends(_retry_body)]
+
+
+class NativeJobRoutes(JobRoutes):
+    """Jobs in the product's own words."""
+
+    def __init__(self) -> None:
+        super().__init__(_OWN_WORDS, lambda job: job.tuned_model_name)
+
+    def jobs_router(self, prefix: str, jobs: str) -> APIRouter:
+        """Those that the dialects have, and ours."""
+        router = super().jobs_router(prefix, jobs)
+        router.add_api_route(jobs + "/{job_id}", self.update, methods=["PATCH"])
+        router.add_api_route(jobs + "/{job_id}/retry", self.retry, methods=["POST"], openapi_extra=_RETRY_SCHEMA)
+        router.add_api_route(jobs + "/{job_id}/clone", self.clone, methods=["POST"])
+        return router
+
+    def shown(self, request: Request, job: Job) -> dict[str, Any]:
+        """Everything that is known of the job; `fine_tuned_model` is there from the start."""
+        return super().shown(request, job) | {
+            "object": "job",
+            "base": job.base_code,
+            "resolved": job.hyperparameters or None,
+            "choices": job.choices or None,
+            "attempt": job.attempt,
+            "failures": job.failures,
+        }
+
+    def create(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, request: Request, body: NativeCreateBody, caller: CallerOf, jobs: JobsOf, idempotency: IdempotencyOf
+    ) -> Json:
+        """Create a job, or find the one that the same request made before."""
+        job = jobs.create(caller.project_id, create_job(body), idempotency)
+        return Json(self.shown(request, job), status_code=201)
+
+    def list_jobs(
+        self,
+        request: Request,
+        caller: CallerOf,
+        jobs: JobsOf,
+        after: After,
+        metadata: MetadataFilter,
+        limit: Limit = None,
+        status: Status | None = None,
+        model: ModelFilter = None,
+    ) -> Json:
+        """Newest first; with filters, those that all of them hold for."""
+        found, more = jobs.list(
+            caller.project_id,
+            after=after,
+            limit=clamped(limit, 20, MOST_JOBS),
+            metadata=metadata,
+            status=status,
+            model=model,
+        )
+        return Json(page(found, more, lambda job: self.shown(request, job)))
+
+    def update(self, request: Request, job_id: str, body: ChangesBody, caller: CallerOf, jobs: JobsOf) -> Json:
+        """Change what the body names."""
+        changes = {name: getattr(body, name) for name in body.model_fields_set}
+        return Json(self.shown(request, jobs.update(caller.project_id, job_id, changes)))
+
+    def retry(
+        self,
+        request: Request,
+        job_id: str,
+        caller: CallerOf,
+        jobs: JobsOf,
+        idempotency: IdempotencyOf,
+        fields: RetryFields,
+    ) -> Json:
+        """A new job with the settings of one that has ended; with `apply_suggestion`, changed as its failure suggests."""
+        job = jobs.retry(
+            caller.project_id,
+            job_id,
+            apply_suggestion=bool(fields.get("apply_suggestion")),
+            request_id=fields.get("request_id"),
+            idempotency=idempotency,
+        )
+        return Json(self.shown(request, job), status_code=201)
+
+    def clone(
+        self,
+        request: Request,
+        job_id: str,
+        body: NativeCreateBody,
+        caller: CallerOf,
+        jobs: JobsOf,
+        idempotency: IdempotencyOf,
+    ) -> Json:
+        """A new job with the settings of another one, but for what the body names."""
+        job = jobs.clone(caller.project_id, job_id, changed_fields(body), idempotency)
+        return Json(self.shown(request, job), status_code=201)
+
+
+router.routes.extend(NativeJobRoutes().jobs_router(PREFIX, "/jobs").routes)
 
 
 @router.get("/jobs/{job_id}/events/stream")

@@ -17,6 +17,7 @@ from tunewright.api.chat import (
     number,
     respond,
     seed,
+    shaping,
     stops,
     wants_usage,
     within,
@@ -74,4 +75,5 @@ def _sampling(body: ChatBody) -> Sampling:
         seed=seed(body.seed),
         max_tokens=limit,
         stop=stops(body.stop),
+        **shaping(body),
     )

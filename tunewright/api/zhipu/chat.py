@@ -18,6 +18,7 @@ from tunewright.api.chat import (
     number,
     respond,
     seed,
+    shaping,
     stops,
     wants_usage,
 )
@@ -69,4 +70,5 @@ def _sampling(body: ChatBody) -> Sampling:
         seed=seed(body.seed),
         max_tokens=max_tokens(body.max_tokens if body.max_tokens is not None else body.max_completion_tokens),
         stop=stops(body.stop),
+        **shaping(body),
     )
