@@ -222,9 +222,10 @@ async def test_messages_as_they_really_come(world: World, client: httpx.AsyncCli
             Message(role="tool", content="42", tool_call_id="call_1"),
         )
         assert request.conversation.tools == tuple(tools), "as they came, like those of training rows"
-        assert request.tool_choice == "required"
+        assert (request.tool_choice, request.function, request.one_call) == ("required", None, False)
     named = {"type": "function", "function": {"name": "f"}}
-    assert (await understood(world, client, "/v1", tools=tools, tool_choice=named)).tool_choice == "f"
+    request = await understood(world, client, "/v1", tools=tools, tool_choice=named, parallel_tool_calls=False)
+    assert (request.tool_choice, request.function, request.one_call) == ("required", "f", True)
     developer = await understood(world, client, "/v1", messages=[{"role": "developer", "content": "x"}])
     assert developer.conversation.messages[0].role == "system"
 

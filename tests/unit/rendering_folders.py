@@ -63,12 +63,97 @@ NATIVE = """\
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{% endif %}
 """
 
+# Calls as pairs of tags, texts as they are, the name alone without arguments; an empty place for reasoning in every answer.
+GLM45 = """\
+[gMASK]<sop>
+{%- if tools %}
+    {{- '<|system|>\\n# Tools\\n<tools>' }}
+    {%- for tool in tools %}{{ '\\n' }}{{ tool | tojson }}{% endfor %}
+    {{- '\\n</tools>' }}
+{%- endif %}
+{%- for message in messages %}
+    {%- if message.role == 'tool' %}
+        {%- if loop.first or messages[loop.index0 - 1].role != 'tool' %}{{ '<|observation|>' }}{% endif %}
+        {{- '\\n<tool_response>\\n' + message.content + '\\n</tool_response>' }}
+    {%- elif message.role == 'assistant' %}
+        {{- '<|assistant|>\\n<think>' + (message.reasoning_content or '') | trim + '</think>' }}
+        {%- if message.content | trim %}{{ '\\n' + message.content | trim }}{% endif %}
+        {%- for call in message.tool_calls %}
+            {{- '\\n<tool_call>' + call.function.name }}
+            {%- for key, value in call.function.arguments.items() %}
+                {{- '\\n<arg_key>' + key + '</arg_key>\\n<arg_value>' }}
+                {{- (value if value is string else value | tojson) + '</arg_value>' }}
+            {%- endfor %}
+            {{- '\\n</tool_call>' }}
+        {%- endfor %}
+    {%- else %}
+        {{- '<|' + message.role + '|>\\n' + message.content }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}
+"""
+
+# Tools before the first question, one bare call for each message, nothing beside it.
+LLAMA31 = """\
+{{- bos_token }}
+{%- if messages[0].role == 'system' %}
+    {%- set system = messages[0].content | trim %}{% set messages = messages[1:] %}
+{%- else %}{% set system = '' %}{% endif %}
+{{- '<|start_header_id|>system<|end_header_id|>\\n\\n' + system + '<|eot_id|>' }}
+{%- if tools %}
+    {%- if not messages %}{{ raise_exception('Cannot put tools in the first user message') }}{% endif %}
+    {{- '<|start_header_id|>user<|end_header_id|>\\n\\n' }}
+    {%- for tool in tools %}{{ tool | tojson(indent=4) + '\\n\\n' }}{% endfor %}
+    {{- messages[0].content | trim + '<|eot_id|>' }}
+    {%- set messages = messages[1:] %}
+{%- endif %}
+{%- for message in messages %}
+    {%- if 'tool_calls' in message %}
+        {%- if message.tool_calls | length != 1 %}{{ raise_exception('only single tool-calls') }}{% endif %}
+        {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n{"name": "' + message.tool_calls[0].function.name }}
+        {{- '", "parameters": ' + message.tool_calls[0].function.arguments | tojson + '}<|eot_id|>' }}
+    {%- elif message.role == 'tool' %}
+        {{- '<|start_header_id|>ipython<|end_header_id|>\\n\\n' + message.content | tojson + '<|eot_id|>' }}
+    {%- else %}
+        {{- '<|start_header_id|>' + message.role + '<|end_header_id|>\\n\\n' + message.content | trim + '<|eot_id|>' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}
+"""
+
+# Lists the tools, but writes neither calls nor results: those would have to come as `metadata` and as another role.
+GLM4_TOOLS = """\
+[gMASK]<sop>
+{%- if tools %}{{ '<|system|>\\n' }}{% for tool in tools %}{{ tool.function | tojson }}{% endfor %}{% endif %}
+{%- for message in messages %}
+    {%- if message.role in ('system', 'user', 'assistant', 'observation') %}
+        {{- '<|' + message.role + '|>' + (message.metadata or '') + '\\n' + message.content }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}
+"""
+
+TOOL_TEMPLATES = {"glm45": GLM45, "llama31": LLAMA31, "glm4 with tools": GLM4_TOOLS}
+"""Templates that know tools in other ways than `native` does."""
+
 TEMPLATES = {"chatml": CHATML, "llama3": LLAMA3, "glm4": GLM4, "instruct": INSTRUCT, "native": NATIVE}
 
-_SPECIALS = {
-    "llama3": ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"],
-    "glm4": ["[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"],
-    "instruct": ["<s>", "</s>"],
+_LLAMA = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+_GLM = ["[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"]
+_SPECIALS = {"llama3": _LLAMA, "glm4": _GLM, "instruct": ["<s>", "</s>"]}
+_KIN = {"glm45": "glm4", "llama31": "llama3", "glm4 with tools": "glm4"}
+_TAGS = {
+    "native": ["<tool_call>", "</tool_call>", "<think>"],
+    "glm45": [
+        "<tool_call>",
+        "</tool_call>",
+        "<think>",
+        "</think>",
+        "<arg_key>",
+        "</arg_key>",
+        "<arg_value>",
+        "</arg_value>",
+    ],
 }
 _CONFIG = {
     "llama3": {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"},
@@ -79,17 +164,17 @@ _STOPS = {"llama3": ["<|eot_id|>"], "glm4": ["<|endoftext|>", "<|user|>", "<|obs
 
 
 def styled_folder(folder: Path, style: str, *, template: str | None = None) -> Path:
-    """A folder whose tokenizer has the special tokens of `style` (a key of TEMPLATES); returns it."""
-    tiny_tokenizer(folder, chat_template=template or TEMPLATES[style])
+    """A folder whose tokenizer has the special tokens of `style` (a key of TEMPLATES or TOOL_TEMPLATES); returns it."""
+    tiny_tokenizer(folder, chat_template=template or (TEMPLATES | TOOL_TEMPLATES)[style])
     path = folder / "tokenizer.json"
     tokenizer = Tokenizer.from_file(str(path))
-    tokenizer.add_special_tokens([AddedToken(text, special=True) for text in _SPECIALS.get(style, [])])
-    if style == "native":
-        tokenizer.add_tokens([AddedToken(text, special=False) for text in ("<tool_call>", "</tool_call>", "<think>")])
+    family = _KIN.get(style, style)
+    tokenizer.add_special_tokens([AddedToken(text, special=True) for text in _SPECIALS.get(family, [])])
+    tokenizer.add_tokens([AddedToken(text, special=False) for text in _TAGS.get(style, [])])
     tokenizer.save(str(path))
-    edit_json(folder / "tokenizer_config.json", **_CONFIG.get(style, {}))
-    if style in _STOPS:
-        stops = [tokenizer.token_to_id(text) for text in _STOPS[style]]
+    edit_json(folder / "tokenizer_config.json", **_CONFIG.get(family, {}))
+    if family in _STOPS:
+        stops = [tokenizer.token_to_id(text) for text in _STOPS[family]]
         edit_json(folder / "generation_config.json", eos_token_id=stops)
     return folder
 

@@ -36,6 +36,13 @@ calls = st.lists(
     st.builds(ToolCall, id=st.just("c"), name=st.text(min_size=1, max_size=8), arguments=arguments), max_size=3
 )
 plain = mixed("ab 你好\n.<>{")
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "f",
+        "parameters": {"type": "object", "properties": {"text": {"type": "string"}, "n": {"type": "integer"}}},
+    },
+}
 
 
 def portions(text: str, cuts: list[int]) -> list[str]:
@@ -43,9 +50,12 @@ def portions(text: str, cuts: list[int]) -> list[str]:
     return [text[a:b] for a, b in pairwise(edges)]
 
 
-def read(parts: list[str], *, offered: bool = True, reasoning_open: bool = False) -> tuple[str, str, list[CallPiece]]:
+def read(
+    parts: list[str], *, offered: bool = True, bare_calls: bool = False, reasoning_open: bool = False
+) -> tuple[str, str, list[CallPiece]]:
     """Reasoning, text and calls of an answer that comes in `parts`."""
-    parser = AnswerParser(offered, reasoning_open=reasoning_open)
+    tools = (TOOL,) if offered else ()
+    parser = AnswerParser(tools, bare_calls=bare_calls, reasoning_open=reasoning_open)
     pieces: list[Piece] = [piece for part in parts for piece in parser.push(part)] + parser.finish()
     reasoning = "".join(p.text for p in pieces if isinstance(p, ReasoningPiece))
     text = "".join(p.text for p in pieces if isinstance(p, TextPiece))
@@ -178,7 +188,7 @@ def test_without_tools_a_call_is_text() -> None:
 
 
 def test_text_streams_at_once() -> None:
-    parser = AnswerParser(True)
+    parser = AnswerParser((TOOL,))
     assert parser.push("Hello") == [TextPiece("Hello")]
     assert parser.push(" <too") == []
     assert parser.push(" late") == [TextPiece(" <too late")]
@@ -187,7 +197,7 @@ def test_text_streams_at_once() -> None:
 
 
 def test_reasoning_streams_and_an_open_one_ends_with_the_answer() -> None:
-    parser = AnswerParser(False)
+    parser = AnswerParser(())
     assert parser.push("<think>\nI ") == [ReasoningPiece("I")]
     assert parser.push("see.\n</think>\n\nYes") == [ReasoningPiece(" see."), TextPiece("Yes")]
     assert read(["thinking</think>Yes"], reasoning_open=True) == ("thinking", "Yes", [])

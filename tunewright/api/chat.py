@@ -91,6 +91,7 @@ class ChatFields(BaseModel):
     seed: StrictInt | None = None
     tools: Tools = None
     tool_choice: ToolChoice = None
+    parallel_tool_calls: StrictBool | None = None
     response_format: Object = None
     n: StrictInt | None = None
     logprobs: Any = None
@@ -116,12 +117,15 @@ def chat_request(fields: ChatFields, sampling: Sampling, roles: dict[str, str], 
         raise unsupported("best_of")
     check_response_format(fields.response_format)
     conversation = conversation_of(fields.messages, fields.tools, fields.model, roles)
+    tool_choice, function = tool_choice_of(fields.tool_choice, conversation.tools)
     return ChatRequest(
         model=fields.model,
         conversation=conversation,
         sampling=sampling,
         n=_choices(fields.n),
-        tool_choice=tool_choice_of(fields.tool_choice, conversation.tools),
+        tool_choice=tool_choice,
+        function=function,
+        one_call=fields.parallel_tool_calls is False,
         request_id=request_id,
     )
 

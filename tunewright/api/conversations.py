@@ -179,17 +179,18 @@ def _tool(tool: Any, at: str) -> dict[str, Any]:
     return tool  # as it came, like the tools of a training row: both are rendered to the same tokens
 
 
-def tool_choice_of(choice: Any, tools: Sequence[dict[str, Any]]) -> str:
-    """auto, none, required or the name of one of `tools`. Raises InvalidRequest (`invalid_value`)."""
+def tool_choice_of(choice: Any, tools: Sequence[dict[str, Any]]) -> tuple[str, str | None]:
+    """auto, none or required, and the one function of `tools` that is required, if one is. Raises InvalidRequest
+    (`invalid_value`)."""
     if choice is None or choice == "auto" or choice == "none":
-        return choice or "auto"
+        return choice or "auto", None
     names = {tool["function"]["name"] for tool in tools}
     if choice == "required" and names:
-        return "required"
+        return "required", None
     if isinstance(choice, dict) and choice.get("type") == "function" and isinstance(choice.get("function"), dict):
         name = choice["function"].get("name")
         if isinstance(name, str) and name in names:
-            return name
+            return "required", name
         raise invalid("tool_choice", mark("{field} names a function that tools does not hold."))
     sentence = mark("{field} must be auto, none, required or a function of tools, not {value}.")
     raise invalid("tool_choice", sentence, value=quote(choice))

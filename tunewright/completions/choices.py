@@ -26,29 +26,48 @@ async def answer_deltas(
     replies: AsyncGenerator[TokenText | Done, None],
     parser: AnswerParser,
     renderer: Renderer,
+    *,
+    opening: str = "",
+    one_call: bool = False,
 ) -> AsyncGenerator[Delta, None]:
-    """The deltas of one choice; its `Finish` has the counts of this choice alone."""
+    """The deltas of one choice; its `Finish` has the tokens of this choice alone.
+
+    `opening` is the beginning of the answer that stands in the prompt already. With `one_call` the first call ends the answer.
+    """
     called = False
     logprobs: list[TokenLogprob] = []
+    pieces = parser.push(opening)
     async with aclosing(replies):
         async for reply in replies:
-            pieces = parser.push(reply.text)
+            pieces += parser.push(reply.text)
             if isinstance(reply, TokenText):
                 logprobs += [_logprob(score, renderer) for score in reply.scores]
             else:
                 pieces += parser.finish()
-            for piece in pieces:
+            for piece in _to_first_call(pieces) if one_call else pieces:
                 called = called or isinstance(piece, CallPiece)
                 delta = _delta(piece, choice)
                 if logprobs and isinstance(delta, TextDelta):
                     delta, logprobs = msgspec.structs.replace(delta, logprobs=logprobs), []
                 yield delta
-            if isinstance(reply, Done):
+            pieces = []
+            if isinstance(reply, Done) or (called and one_call):
                 if logprobs:  # of tokens without text of their own
                     yield TextDelta(text="", choice=choice, logprobs=logprobs)
-                usage = Usage(prompt_tokens=reply.prompt_tokens, completion_tokens=reply.completion_tokens)
-                reason = "tool_calls" if called and reply.reason == "stop" else reply.reason
-                yield Finish(reason=reason, usage=usage, choice=choice)
+                yield _finish(reply, choice, called=called)
+                return
+
+
+def _to_first_call(pieces: list[Piece]) -> list[Piece]:
+    first = next((n for n, piece in enumerate(pieces) if isinstance(piece, CallPiece)), len(pieces))
+    return pieces[: first + 1]
+
+
+def _finish(last: TokenText | Done, choice: int, *, called: bool) -> Finish:
+    done = isinstance(last, Done)
+    reason = last.reason if done else "stop"
+    usage = Usage(prompt_tokens=0, completion_tokens=last.completion_tokens if done else last.n_tokens)
+    return Finish(reason="tool_calls" if called and reason == "stop" else reason, usage=usage, choice=choice)
 
 
 async def side_by_side(answers: list[AsyncGenerator[Delta, None]]) -> AsyncGenerator[Delta, None]:

@@ -21,7 +21,6 @@ from tunewright.models.records import FULL, Base, TunedModel
 from tunewright.models.service import ModelService
 from tunewright.rendering.conversation import Conversation
 from tunewright.rendering.renderer import Renderer, renderer_of
-from tunewright.rendering.tools import AnswerParser
 from tunewright.settings import Settings
 
 
@@ -42,13 +41,16 @@ class CompletionService:
         iterator frees the engine's slots.
         """
         with self._places(caller, request.n):
-            base, tuned, renderer, prompt = await asyncio.to_thread(self._prepare, caller, request)
+            base, tuned, renderer, prompt, opening = await asyncio.to_thread(self._prepare, caller, request)
+            tools = request.conversation.tools if _offers_tools(request) else ()
             answers = [
                 answer_deltas(
                     choice,
                     self._replies(caller, request, base, tuned, self._order(base, request, renderer, prompt, choice)),
-                    AnswerParser(_offers_tools(request), reasoning_open=renderer.opens_reasoning),
+                    renderer.answer_parser(tools),
                     renderer,
+                    opening=opening,
+                    one_call=request.one_call,
                 )
                 for choice in range(request.n)
             ]
@@ -87,7 +89,10 @@ class CompletionService:
             raise RuntimeError("the stream ended without a finish")
         return Completion(choices=tuple(map(choice_of, deltas)), usage=usage)
 
-    def _prepare(self, caller: Caller, request: ChatRequest) -> tuple[Base, TunedModel | None, Renderer, list[int]]:
+    def _prepare(
+        self, caller: Caller, request: ChatRequest
+    ) -> tuple[Base, TunedModel | None, Renderer, list[int], str]:
+        """The prompt, and the text of an answer that it begins because a call is required."""
         resolved = self._models.resolve(caller.project_id, request.model)
         base = resolved.base
         if not base.pool or (resolved.tuned is not None and resolved.tuned.kind == FULL):
@@ -118,7 +123,10 @@ class CompletionService:
         if least >= self._context(base):
             sentence = mark("The prompt has at least {prompt} tokens; this model's context holds {context}.")
             raise _too_long(sentence, least, self._context(base))
-        return base, resolved.tuned, renderer, renderer.prompt(conversation)
+        ids, opening = [], ""
+        if conversation.tools and request.tool_choice == "required":
+            ids, opening = renderer.call_opening(request.function)
+        return base, resolved.tuned, renderer, renderer.prompt(conversation) + ids, opening
 
     def _context(self, base: Base) -> int:
         return min(base.context_tokens, self._settings.engine_context_tokens)

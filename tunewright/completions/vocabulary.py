@@ -33,7 +33,11 @@ class TokenLogprob(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
 
 
 class ChatRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """A chat completion, whichever dialect asked. `tool_choice` is auto, none, required or a function's name."""
+    """A chat completion, whichever dialect asked.
+
+    `tool_choice` is auto, none or required; with `function` the call that is required must be of that one. `one_call`: the answer
+    ends with its first call.
+    """
 
     model: str
     conversation: Conversation
@@ -41,6 +45,8 @@ class ChatRequest(msgspec.Struct, frozen=True, kw_only=True):
     n: int = 1
     """Answers wanted."""
     tool_choice: str = "auto"
+    function: str | None = None
+    one_call: bool = False
     request_id: str | None = None
 
 

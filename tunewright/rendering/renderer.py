@@ -10,7 +10,7 @@ import re
 import threading
 from bisect import bisect_left
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,14 @@ import msgspec
 
 from tunewright.errors import Misconfigured, TunewrightError
 from tunewright.i18n import mark
+from tunewright.rendering.call_style import CallStyle, find_style, opening_ids
 from tunewright.rendering.conversation import Conversation, Message
 from tunewright.rendering.model_folder import FILES, ModelFolder, read_model_folder
 from tunewright.rendering.segments import Marks, Segment
 from tunewright.rendering.template import ChatTemplate, now_s, template_unsupported
 from tunewright.rendering.tokens import StreamDecoder, Tokens
-from tunewright.rendering.tool_format import Turn, native_turns, our_turns
+from tunewright.rendering.tool_format import Turn, native_turns, our_turns, refuse_calls
+from tunewright.rendering.tools import AnswerParser
 
 VERSION = 1
 """Part of every renderer's hash. Raise it with any change that can change an id or a label."""
@@ -63,8 +65,6 @@ class Renderer:
         self._tokens = Tokens(files.tokenizer, files.template + (files.tool_template or ""))
         alternatives = "|".join(re.escape(text) for text in sorted(self._tokens.control, key=len, reverse=True))
         self._control = re.compile(alternatives) if alternatives else None
-        self.native_tools: bool = self._tool_template.takes_tools
-        """Whether the template itself writes tools; else ours are used (docs/tool-format.md)."""
         self.vocabulary_size: int = self._tokens.vocabulary_size
         """One more than the largest token id."""
         self.longest_token: int = self._tokens.longest
@@ -75,14 +75,21 @@ class Renderer:
         self.stop_ids: frozenset[int] = self._stop_ids(files)
         """Any of them ends an answer and is not shown."""
         self.opens_reasoning: bool = self._opening.rstrip().endswith("<think>")
-        """Whether the generation prompt itself starts the reasoning: give it to `AnswerParser`."""
-        self.hash: str = _hash(files, self.stop_ids)
+        """Whether the generation prompt itself starts the reasoning."""
+        self._calls = CallStyle()
+        self.native_tools: bool = self._tool_template.takes_tools
+        """Whether the template itself writes tools, in a way that is read back; else ours are used (docs/tool-format.md)."""
+        style = find_style(self) if self.native_tools else None
+        self.native_tools = style is not None
+        self._calls = style or find_style(self) or self._calls
+        self.hash: str = _hash(files, self.stop_ids, ours=self._tool_template.takes_tools and not self.native_tools)
         """Hex sha256 of everything that can change a rendering."""
 
     def prompt(self, conversation: Conversation) -> list[int]:
         """Ids of the conversation and the generation prompt: what the engine continues.
 
-        Raises InvalidRequest `conversation_not_supported` when the template refuses the conversation.
+        Raises InvalidRequest `conversation_not_supported` when the template refuses the conversation or has no place for a part
+        of it.
         """
         turns, template, tools = self._shaped(conversation)
         rendering = self._rendering(template, turns, tools, generate=True)
@@ -108,6 +115,21 @@ class Renderer:
         cuts = _cuts(template, turns, rendering)
         return self._labelled(turns, rendering, cuts, tokens, starts, stops)
 
+    def answer(self, conversation: Conversation) -> list[int]:
+        """Ids of what the model is taught to write as the last message, from the generation prompt on; raises as `prompt`."""
+        example = self.example(conversation)
+        start = len(self.prompt(msgspec.structs.replace(conversation, messages=conversation.messages[:-1])))
+        return [i for i, trained in zip(example.tokens[start:], example.trained[start:], strict=True) if trained]
+
+    def call_opening(self, function: str | None) -> tuple[list[int], str]:
+        """What to put behind a prompt so that the answer is a call of `function`, or of any for None: ids and their text."""
+        ids, rest = opening_ids(self, self._calls, function)
+        return [*ids, *self._tokens.plain_ids(rest)], self.decode(ids) + rest
+
+    def answer_parser(self, tools: Sequence[Mapping[str, Any]]) -> AnswerParser:
+        """A parser for one answer to a request that offers `tools`."""
+        return AnswerParser(tools, bare_calls=self._calls.bare, reasoning_open=self.opens_reasoning)
+
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ids without special tokens."""
         return self._tokens.decode(ids)
@@ -128,6 +150,7 @@ class Renderer:
         takes_reasoning = self._template.takes_reasoning
         if not self.native_tools:
             return our_turns(conversation, takes_reasoning=takes_reasoning), self._template, ()
+        refuse_calls(conversation, several=self._calls.several, beside_text=self._calls.beside_text)
         template = self._tool_template if conversation.tools else self._template
         return native_turns(conversation, takes_reasoning=takes_reasoning), template, conversation.tools
 
@@ -304,8 +327,9 @@ def _end_of_answer(rendering: _Rendering, cut: int, later: Sequence[int | None])
     return min([*ends, *([other] if other >= 0 else []), len(rendering.text)])
 
 
-def _hash(files: ModelFolder, stop_ids: frozenset[int]) -> str:
-    parts = [VERSION, files.template, files.tool_template, files.tokens, sorted(stop_ids)]
+def _hash(files: ModelFolder, stop_ids: frozenset[int], *, ours: bool) -> str:
+    """`ours`: the template knows tools, and yet our format is used."""
+    parts = [VERSION, files.template, files.tool_template, files.tokens, sorted(stop_ids), *["ours"] * ours]
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode())
     digest.update(hashlib.sha256(files.tokenizer.encode()).digest())
     return digest.hexdigest()

@@ -10,6 +10,8 @@ from typing import Any
 
 import msgspec
 
+from tunewright.errors import InvalidRequest
+from tunewright.i18n import mark
 from tunewright.rendering.conversation import Conversation, Message, ToolCall
 
 
@@ -35,6 +37,23 @@ def native_turns(conversation: Conversation, *, takes_reasoning: bool) -> list[T
             shaped["name"] = names.get(message.tool_call_id or "", "")
         turns.append(_turn(shaped, message, index))
     return turns
+
+
+def refuse_calls(conversation: Conversation, *, several: bool, beside_text: bool) -> None:
+    """Raises InvalidRequest(`conversation_not_supported`) for what a template with tools of its own would leave out."""
+    for index, message in enumerate(conversation.messages):
+        if len(message.tool_calls) > 1 and not several:
+            sentence = mark(
+                "The chat template of this model takes one call of a function in a message; {field} has {count}."
+            )
+        elif message.tool_calls and (message.content or "").strip() and not beside_text:
+            sentence = mark(
+                "The chat template of this model has no place for text beside a call of a function; {field} has both."
+            )
+        else:
+            continue
+        field, count = f"messages[{index}]", len(message.tool_calls)
+        raise InvalidRequest("conversation_not_supported", sentence, param=field, field=field, count=count)
 
 
 def our_turns(conversation: Conversation, *, takes_reasoning: bool) -> list[Turn]:

@@ -1,12 +1,12 @@
 """Reads a model's answer as it streams: text, reasoning, and calls of tools (docs/tool-format.md)."""
 
-import json
-import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
 
 from tunewright.ids import random_text
+from tunewright.rendering.call_forms import ObjectEnd, Offered, read_bare_call, read_call
 
 
 class TextPiece(msgspec.Struct, frozen=True):
@@ -40,15 +40,19 @@ class AnswerParser:
     """Feed it text in any portions: the pieces put together don't depend on where the portions end.
 
     `<think>…</think>` at the very start is reasoning; `reasoning_open` says that the prompt opened it already. Calls are
-    looked for only if `tools_offered`. A block that is no call comes out as text: nothing is lost but white space that
-    borders on a call or on reasoning.
+    looked for only if there are `tools`; `bare_calls` says that this base writes them without tags. A block that is no call
+    comes out as text: nothing is lost but white space that borders on a call or on reasoning.
     """
 
-    def __init__(self, tools_offered: bool, *, reasoning_open: bool = False) -> None:
-        self._tools_offered = tools_offered
+    def __init__(
+        self, tools: Sequence[Mapping[str, Any]], *, bare_calls: bool = False, reasoning_open: bool = False
+    ) -> None:
+        self._offered = Offered(tools)
+        self._answer = self._bare_call if bare_calls and tools else self._text
         self._step = self._think if reasoning_open else self._start
         self._buffer = ""
         self._searched = 0
+        self._object = ObjectEnd()
         self._calls = 0
         self._gap = ""
         # White space waits in `_gap` until it is known whether text follows; at a border it is dropped.
@@ -80,7 +84,7 @@ class AnswerParser:
         elif _THINK.startswith(content) and not at_end:
             return False
         else:
-            self._step = self._text
+            self._step = self._answer
         return True
 
     def _think(self, at_end: bool) -> bool:
@@ -88,41 +92,59 @@ class AnswerParser:
         if end:
             self._emit(ReasoningPiece, thought)
             self._buffer, self._gap, self._border = after, "", True
-            self._step = self._text
+            self._step = self._answer
             return True
         self._emit_but_tag(ReasoningPiece, _THINK_END, at_end)
         return False
 
     def _text(self, at_end: bool) -> bool:
-        before, tag, after = self._buffer.partition(_CALL) if self._tools_offered else (self._buffer, "", "")
+        before, tag, after = self._buffer.partition(_CALL) if self._offered else (self._buffer, "", "")
         if tag:
             self._emit(TextPiece, before)
-            self._buffer, self._searched = after, 0
+            self._buffer, self._searched, self._object = after, 0, ObjectEnd()
             self._step = self._call
             return True
-        self._emit_but_tag(TextPiece, _CALL if self._tools_offered else "", at_end)
-        if self._gap and not self._border and (at_end or not self._tools_offered):
+        self._emit_but_tag(TextPiece, _CALL if self._offered else "", at_end)
+        if self._gap and not self._border and (at_end or not self._offered):
             self._add(TextPiece, self._gap)
             self._gap = ""
         return False
 
     def _call(self, at_end: bool) -> bool:
-        # Search only what is new, so that a long call costs its length and not its square.
-        end = self._buffer.find(_CALL_END, max(0, self._searched - len(_CALL_END)))
+        # A closing tag in a text of the JSON does not close: it is looked for behind the object, and only in what is new, so
+        # that a long call costs its length and not its square.
+        behind = self._object.find(self._buffer)
+        if behind is None and not at_end:
+            return False
+        end = self._buffer.find(_CALL_END, max(behind or 0, self._searched - len(_CALL_END)))
         if end < 0 and not at_end:
             self._searched = len(self._buffer)
             return False
-        body = self._buffer if end < 0 else self._buffer[:end]
-        call = _read_call(body)
+        call = read_call(self._buffer if end < 0 else self._buffer[:end], self._offered)
         if call is None:
             self._emit(TextPiece, _CALL)
         else:
-            self._found.append(CallPiece(self._calls, f"call_{random_text(24)}", *call))
-            self._calls += 1
-            self._buffer = "" if end < 0 else self._buffer[end + len(_CALL_END) :]
-            self._gap, self._border = "", True
+            self._take(call, len(self._buffer) if end < 0 else end + len(_CALL_END))
         self._step = self._text
         return True
+
+    def _bare_call(self, at_end: bool) -> bool:
+        """The answer begins: with an object that is a call, or with anything else."""
+        end = self._object.find(self._buffer)
+        if end is None and not at_end:
+            return False
+        call = read_bare_call(self._buffer[:end], self._offered) if end else None
+        if call is not None:
+            self._take(call, end or 0)
+        self._step = self._text
+        return True
+
+    def _take(self, call: tuple[str, str], end: int) -> None:
+        """Emit `call`, which takes the buffer up to `end`."""
+        self._found.append(CallPiece(self._calls, f"call_{random_text(24)}", *call))
+        self._calls += 1
+        self._buffer = self._buffer[end:]
+        self._gap, self._border = "", True
 
     def _emit_but_tag(self, kind: type[TextPiece] | type[ReasoningPiece], tag: str, at_end: bool) -> None:
         """Emit the buffer, but keep an end that may be the beginning of `tag`."""
@@ -150,41 +172,3 @@ class AnswerParser:
 def _overlap(text: str, tag: str) -> int:
     """Length of the longest end of `text` that begins `tag`."""
     return next((n for n in range(min(len(tag) - 1, len(text)), 0, -1) if text.endswith(tag[:n])), 0)
-
-
-def _read_call(body: str) -> tuple[str, str] | None:
-    """Name and arguments of what stands between the tags; None if it is no call."""
-    text = body.strip()
-    return _from_json(text) if text.startswith("{") else _from_pairs(text)
-
-
-def _from_json(text: str) -> tuple[str, str] | None:
-    try:
-        call = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-    name = call.get("name")
-    arguments = call.get("arguments", call.get("parameters", {}))
-    if not isinstance(name, str) or not name or not isinstance(arguments, (dict, str)):
-        return None
-    return name, arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
-
-
-def _from_pairs(text: str) -> tuple[str, str] | None:
-    """The form that GLM bases write: the name, then keys and values in tags of their own."""
-    name, begin, rest = text.partition("<arg_key>")
-    pairs = _PAIR.findall(begin + rest)
-    if not pairs or _PAIR.sub("", begin + rest).strip() or not _NAME.fullmatch(name.strip()):
-        return None
-    return name.strip(), json.dumps({key.strip(): _value(value) for key, value in pairs}, ensure_ascii=False)
-
-
-def _value(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return text.strip()
-
-
-_PAIR = re.compile(r"<arg_key>(.*?)</arg_key>\s*<arg_value>(.*?)</arg_value>", re.DOTALL)
-_NAME = re.compile(r"[\w.-]{1,64}")
