@@ -33,13 +33,14 @@ from tunewright.jobs.spec import (
 
 
 class Orders(msgspec.Struct):
-    """`crash_at`: die by SIGKILL after that step (0: before the first record), `crashes` times (each attempt is one)."""
+    """`crash_at`: die by `crash_signal` after that step (0: before the first record), `crashes` times (each attempt is one)."""
 
     steps: int = 12
     sleep_s: float = 0.005
     checkpoint_every: int = 4
     crash_at: int | None = None
     crashes: int = 1
+    crash_signal: int = signal.SIGKILL
     say_before_crash: str = ""
     ignore_sigterm: bool = False
     fork_child: bool = False
@@ -81,7 +82,7 @@ class Trainer:
                 rows={"used": 3, "skipped": 0, "cut": 0},
                 tokens_per_epoch=30,
                 trained_tokens_per_epoch=10,
-                choices={"dtype": "none"},
+                choices={"dtype": "none", "halved": self.spec.halve_micro_batch},
                 renderer_hash="r" * 64,
             )
         )
@@ -119,7 +120,8 @@ class Trainer:
     def crash_if(self, step: int) -> None:
         if self.orders.crash_at == step and self.spec.attempt <= self.orders.crashes:
             print(self.orders.say_before_crash, flush=True)
-            os.kill(os.getpid(), signal.SIGKILL)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            os.kill(os.getpid(), self.orders.crash_signal)
 
     def hold_if(self, step: int) -> None:
         if self.orders.holds[self.spec.attempt - 1 : self.spec.attempt] == [step]:

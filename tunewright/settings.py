@@ -61,6 +61,9 @@ class Settings(BaseSettings):
     heartbeat_limit_s: float = Field(default=30.0, gt=0, description="A trainer silent for this long is killed")
     cancel_grace_s: float = Field(default=10.0, gt=0, description="From the polite to the hard end of a trainer")
     max_attempts: int = Field(default=3, ge=1, description="Trainer deaths without progress before a job fails")
+    on_corrupt: Literal["fail", "restart"] = Field(
+        default="fail", description="What a job does whose checkpoints are all damaged: fail, or restart from step 0"
+    )
     on_shutdown: Literal["checkpoint", "continue"] = Field(
         default="checkpoint", description="What SIGTERM of the server does to running trainers"
     )

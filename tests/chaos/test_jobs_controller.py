@@ -17,6 +17,7 @@ from tests.job_bench import PROJECT, TRAINER, Bench, a_base, whole_run
 from tunewright.clock import wall_ms
 from tunewright.errors import InvalidRequest, Unavailable
 from tunewright.files_on_disk import sha256_of
+from tunewright.jobs import recovery
 from tunewright.jobs.records import CANCELLED, FAILED, PAUSED, QUEUED, RUNNING, SUCCEEDED
 from tunewright.jobs.service import CreateJob
 
@@ -26,6 +27,11 @@ REPOSITORY = Path(__file__).parents[2]
 @pytest.fixture(autouse=True)
 def importable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
+
+
+@pytest.fixture(autouse=True)
+def no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recovery, "PREEMPTED_DELAY_S", 0.01)
 
 
 @pytest.fixture
@@ -133,11 +139,14 @@ def test_a_killed_trainer_resumes_and_no_step_is_missing_or_doubled(bench: Bench
 
 
 def test_a_crash_loop_ends_with_the_reason(bench: Bench) -> None:
-    job = bench.create(crash_at=2, crashes=99, say_before_crash="the last words")
+    last_words = "OSError: libgomp.so.1: cannot open shared object file\na row: my password"
+    job = bench.create(crash_at=2, crashes=99, say_before_crash=last_words)
     done = bench.until_over(job.id)
     assert done.status == FAILED and done.error is not None and done.error.code == "crashed"
     assert done.attempt == bench.settings.max_attempts == done.error.values["failures"]
-    assert "the last words" in done.error.values["log"]
+    assert "shared library" in done.error.cause
+    assert done.error.evidence == ("exit: signal 9 (SIGKILL)\nOSError: libgomp.so.1: cannot open shared object file")
+    assert done.error.suggestion is not None and "installation" in done.error.suggestion.message
     assert done.finished_at is not None and done.trained_tokens is None
     assert bench.processes_left(job.id) == []
 
@@ -153,10 +162,65 @@ def test_progress_between_crashes_resets_the_count(bench: Bench) -> None:
     assert bench.losses(job.id) == whole_run(5, 24)
 
 
-def test_out_of_memory_is_named(bench: Bench) -> None:
-    job = bench.create(crash_at=0, crashes=99, say_before_crash="RuntimeError: [enforce fail] can't allocate memory")
+def halved(bench: Bench, job_id: str) -> list[bool]:
+    """Of each attempt that started: whether it was told to take half the micro-batch."""
+    started = [event.data for event in bench.events(job_id) if event.code in ("started", "resumed")]
+    return [data["choices"]["halved"] for data in started if data is not None]
+
+
+OUT_OF_MEMORY = "RuntimeError: [enforce fail] can't allocate memory"
+
+
+def test_r13_want_of_memory_halves_the_micro_batch_once(bench: Bench) -> None:
+    job = bench.create(steps=12, crash_at=6, crashes=1, say_before_crash=OUT_OF_MEMORY)
     done = bench.until_over(job.id)
+    assert (done.status, done.attempt) == (SUCCEEDED, 2)
+    assert halved(bench, job.id) == [False, True]
+    assert [code for code in bench.codes(job.id) if code in ("micro_batch_halved", "trainer_died")] == [
+        "micro_batch_halved"
+    ]
+    assert bench.losses(job.id) == whole_run(5, 12)
+
+
+def test_r13_want_of_memory_that_stays_is_named_and_hurts_no_other_job(bench: Bench) -> None:
+    starving = bench.create(crash_at=2, crashes=99, say_before_crash=OUT_OF_MEMORY)
+    other = bench.create(steps=4)
+    done = bench.until_over(starving.id)
     assert done.error is not None and done.error.code == "out_of_memory"
+    assert (done.status, done.attempt) == (FAILED, 2), "at most one try with less"
+    assert halved(bench, starving.id) == [False, True]
+    assert "can't allocate memory" in done.error.evidence
+    assert done.error.suggestion is not None
+    assert done.error.suggestion.changes["hyperparameters"]["max_length"] == 256
+    assert bench.until_over(other.id).status == SUCCEEDED
+
+
+def test_a_trainer_that_is_ended_from_outside_goes_on_uncounted(bench: Bench) -> None:
+    """Before it can save anything, and once more often than failures are allowed."""
+    job = bench.create(steps=12, crash_at=6, crashes=bench.settings.max_attempts + 1, crash_signal=signal.SIGTERM)
+    done = bench.until_over(job.id)
+    assert (done.status, done.attempt, done.failures) == (SUCCEEDED, 5, 0)
+    assert bench.codes(job.id).count("preempted") == 4 and "trainer_died" not in bench.codes(job.id)
+    assert bench.losses(job.id) == whole_run(5, 12)
+
+
+def test_a_trainer_that_saves_when_it_is_ended_from_outside_loses_nothing(bench: Bench) -> None:
+    job = bench.create(steps=12, holds=[3])
+    bench.until_step(job.id, 3)
+    os.kill(bench.process(job.id).pid, signal.SIGTERM)
+    done = bench.until_over(job.id)
+    assert (done.status, done.attempt, done.failures) == (SUCCEEDED, 2, 0)
+    preempted = next(event for event in bench.events(job.id) if event.code == "preempted")
+    assert preempted.values == {"step": 3, "checkpoint": 3}
+
+
+def test_a_disk_that_is_too_full_to_say_so_is_waited_for(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recovery, "ROOM_DELAY_S", 0.1)
+    words = "OSError: [Errno 28] No space left on device"
+    job = bench.create(steps=12, crash_at=6, crashes=4, say_before_crash=words)
+    done = bench.until_over(job.id)
+    assert (done.status, done.attempt, done.failures) == (SUCCEEDED, 5, 0)
+    assert bench.codes(job.id).count("insufficient_storage") == 4
 
 
 def test_a_stopped_trainer_is_replaced(tmp_path: Path) -> None:

@@ -41,6 +41,7 @@ LISTS: dict[str, Ask] = {
     ),
     "events": lambda tx, p, ids: tx.jobs.list_events(p, ids["job"], after=None, limit=2),
     "events after": lambda tx, p, ids: tx.jobs.list_events(p, ids["job"], after=ids["event"], limit=2),
+    "an event of a code": lambda tx, p, ids: tx.jobs.has_event(p, ids["job"], "none"),
     "events since": lambda tx, p, ids: tx.jobs.events_since(p, ids["job"], after_id=ids["event"], limit=2),
     "checkpoints": lambda tx, p, ids: tx.jobs.list_checkpoints(p, ids["job"], after=ids["checkpoint"], limit=2),
     "models": lambda tx, p, ids: tx.models.list(p),

@@ -357,6 +357,10 @@ def test_pages_of_events(storage: Storage, ours: Project) -> None:
         tx.jobs.add_events([event(of) for _ in range(5)])
     with storage.read() as tx:
         newest_first = tx.jobs.list_events(ours.id, of.id, after=None, limit=100)
+        assert tx.jobs.has_event(ours.id, of.id, newest_first[0].code)
+        assert not tx.jobs.has_event(ours.id, of.id, "none") and not tx.jobs.has_event(
+            "other", of.id, newest_first[0].code
+        )
         assert [e.sequence for e in newest_first] == [5, 4, 3, 2, 1]
         assert tx.jobs.list_events(ours.id, of.id, after=newest_first[1].id, limit=2) == newest_first[2:4]
         assert tx.jobs.list_events(ours.id, of.id, after=newest_first[4].id, limit=2) == []

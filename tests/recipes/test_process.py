@@ -21,6 +21,7 @@ from tests.recipes.job_folder import (
     train_here,
     write_job,
 )
+from tunewright.jobs.last_words import evidence_of, recognise
 from tunewright.jobs.spec import Failed, Finished, Stopped, TrainerProcess
 from tunewright.jobs.trainers import Trainers
 from tunewright.recipes import checkpoints
@@ -147,5 +148,6 @@ def test_r13_want_of_memory_is_known_as_such(tmp_path: Path, base: Path, megabyt
     assert not any(isinstance(record, Finished | Failed) for record in records(spec))
     job = contract_rows.job("p", id=tmp_path.name, attempt=1)
     (tmp_path / tmp_path.name).symlink_to(tmp_path / "job")
-    starved, _ = Trainers(tmp_path, LocalRunner(), "tunewright.recipes.run", 30.0).evidence(job)
-    assert starved, log_text(spec)[-500:]
+    death = Trainers(tmp_path, LocalRunner(), "tunewright.recipes.run", 30.0).death(job)
+    assert recognise(death).code == "out_of_memory", log_text(spec)[-500:]
+    assert evidence_of(death)

@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 import warnings
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from tests.recipes.job_folder import (
     write_rows,
 )
 from tests.unit.bad_rows import preference
+from tunewright.errors import InvalidRequest
 from tunewright.files_on_disk import sha256_of
 from tunewright.jobs.spec import (
     Checkpoint,
@@ -37,7 +39,8 @@ from tunewright.jobs.spec import (
     Started,
     Stopped,
 )
-from tunewright.recipes import adapters, flattened, saving, text
+from tunewright.recipes import adapters, checkpoints, divergence, flattened, saving, text
+from tunewright.recipes.evaluation import Progress
 
 
 def finished(found: list[JournalRecord]) -> Finished:
@@ -167,15 +170,25 @@ def test_a_corrupt_checkpoint_is_passed_over(tmp_path: Path, base: Path) -> None
     assert (tmp_path / "job" / "checkpoints" / "corrupt-step-6-2").is_dir()
 
 
-def test_without_a_good_checkpoint_it_starts_again(tmp_path: Path, base: Path) -> None:
+def test_r12_without_a_good_checkpoint_the_job_fails_or_begins_again_as_it_is_told(tmp_path: Path, base: Path) -> None:
     whole = train_here(write_job(tmp_path / "whole", base))
     spec = write_job(tmp_path / "job", base)
     train_here(spec, stop_at=3)
     (tmp_path / "job" / "checkpoints" / "step-3" / "MANIFEST.json").unlink()
-    second = train_here(next_attempt(spec))
-    assert codes(second) == ["checkpoint_corrupt"]
-    assert losses(second) == losses(whole)
-    assert finished(second) == finished(whole)
+    spec = next_attempt(spec)
+    second = train_here(spec)
+    assert failed(second).code == "checkpoint_unrecoverable" and codes(second) == ["checkpoint_corrupt"]
+    assert losses(second) == {} and not (tmp_path / "job" / "result").exists()
+    aside = tmp_path / "job" / "checkpoints" / "corrupt-step-3-2"
+    assert (aside / saving.OPTIMIZER).is_file(), "kept for whoever wants to know"
+    spec = next_attempt(spec)
+    third = train_here(spec)
+    assert failed(third).code == "checkpoint_unrecoverable", "also when an earlier attempt put it aside"
+    fourth = train_here(next_attempt(spec, on_corrupt="restart"))
+    assert codes(fourth) == ["restarted_from_zero"]
+    assert losses(fourth) == losses(whole)
+    assert finished(fourth) == finished(whole)
+    assert aside.is_dir()
 
 
 def test_the_loss_does_not_depend_on_how_a_step_is_cut_up(
@@ -311,13 +324,57 @@ def test_a_changed_base_is_refused(tmp_path: Path, base: Path, fault: str) -> No
     assert failed(train_here(spec)).code == "base_model_integrity"
 
 
-def test_a_loss_that_is_no_number_ends_the_job_and_keeps_the_last_good_checkpoint(tmp_path: Path, base: Path) -> None:
+def test_r15_a_loss_that_is_no_number_ends_the_job_at_once(tmp_path: Path, base: Path) -> None:
     found = train_here(write_job(tmp_path / "job", base, learning_rate=1e30, warmup_ratio=0.0, checkpoint_every_s=1e-6))
     error = failed(found)
     assert error.code == "loss_not_finite"
     assert error.values["step"] <= 10
     assert all(record.loss is not None and math.isfinite(record.loss) for record in metrics(found))
     assert not (tmp_path / "job" / "result").exists()
+
+
+@pytest.mark.parametrize("fault", [math.nan, math.inf, 200.0])
+def test_r15_a_training_that_goes_wrong_keeps_its_last_good_checkpoint(
+    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch, fault: float
+) -> None:
+    """From step 9 on the loss is no number, or far above its start."""
+    real, calls = flattened.summed_loss, []
+
+    def broken(*given: Any) -> Any:
+        loss, hits = real(*given)
+        calls.append(loss)
+        return (loss * fault if len(calls) > 8 else loss), hits
+
+    monkeypatch.setattr(flattened, "summed_loss", broken)
+    monkeypatch.setattr(flattened, "prove_flattening", lambda *given, **named: None)
+    found = train_here(write_job(tmp_path / "job", base, n_epochs=20, checkpoint_every_s=1e-6))
+    error = failed(found)
+    assert error.code == ("diverged" if fault == 200.0 else "loss_not_finite")
+    assert 9 <= error.values["step"] <= 8 + 10
+    told = [record.step for record in found if isinstance(record, Checkpoint)]
+    assert told == list(range(1, 9)), "none of the steps that went wrong"
+    assert checkpoints.newest_step(tmp_path / "job") == 8
+    assert not (tmp_path / "job" / "result").exists()
+
+
+def test_loss_that_is_high_from_the_start_or_only_now_and_then_is_no_divergence() -> None:
+    def most_exploded(losses: list[float]) -> int:
+        progress, most = Progress(), 0
+        for step, loss in enumerate(losses, 1):
+            progress = replace(progress, step=step, loss=loss)
+            try:
+                progress = divergence.watched(progress, uninformed_loss=math.log(49152), multiplier=1.0)
+            except InvalidRequest as error:
+                assert error.code == "diverged"
+                return divergence.MOST_EXPLODED_STEPS
+            most = max(most, progress.exploded_steps)
+        return most
+
+    assert most_exploded([10.8] * 100) == 0
+    assert most_exploded([0.05] * 5 + [4.9] * 100) == 0, "easy rows first, then a language that the base hardly knows"
+    assert most_exploded([2.0] * 20 + [30.0, 2.0] * 50) == 1
+    assert most_exploded([2.0, 2.0, 40.0, 80.0, 90.0] + [90.0] * 20) == 8, "a start that explodes is no start"
+    assert most_exploded([1.5] * 20 + [7.5] * 8) == 8
 
 
 class Memory:
@@ -344,6 +401,18 @@ def test_memory_that_runs_out_once_only_halves_the_micro_batch(
     found = train_here(write_job(tmp_path / "job", base))
     assert codes(found) == ["micro_batch_halved"]
     assert losses(found) == losses(whole)  # these rows fit the smaller budget as well
+
+
+def test_memory_that_ran_out_before_is_spared_from_the_first_step_on(
+    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(flattened, "summed_loss", Memory(1))
+    found = train_here(write_job(tmp_path / "job", base, halve_micro_batch=True))
+    assert failed(found).code == "out_of_memory" and codes(found) == [], "a second halving would never end"
+    monkeypatch.setattr(flattened, "summed_loss", Memory(0))
+    found = train_here(write_job(tmp_path / "again", base, halve_micro_batch=True))
+    started = found[0]
+    assert isinstance(started, Started) and started.choices["token_budget"] == text.TOKEN_BUDGET // 2
 
 
 def test_memory_that_runs_out_twice_fails_with_advice(
@@ -384,4 +453,6 @@ def test_what_counts_as_out_of_memory() -> None:
     assert text.is_out_of_memory(MemoryError())
     assert text.is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
     assert text.is_out_of_memory(OSError(12, "Cannot allocate memory"))
+    assert text.is_out_of_memory(RuntimeError("unable to mmap 540 bytes: Cannot allocate memory (12)"))
+    assert text.is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"))
     assert not text.is_out_of_memory(RuntimeError("shape mismatch"))

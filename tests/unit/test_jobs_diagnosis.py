@@ -13,7 +13,8 @@ from tunewright.jobs import creation
 from tunewright.jobs.creation import CreateJob, with_changes
 from tunewright.jobs.diagnosis import EXPLANATIONS, explain
 from tunewright.jobs.hyperparameters import parse, resolve
-from tunewright.jobs.records import Job, JobError
+from tunewright.jobs.records import Job, JobError, Suggestion
+from tunewright.jobs.signatures import SIGNATURES
 from tunewright.models.records import Base, Source
 
 CONTEXT = 2048
@@ -48,7 +49,7 @@ VALUES = {"found": 3, "rows": 10, "allowed": 1, "step": 4, "other": Path("/x")}
 def a_job(wanted: dict[str, Any] | None = None, *, resolved: bool = True, **fields: Any) -> Job:
     job = rows.job("p", base_code="tiny", model="tiny", **fields)
     requested = parse(wanted, method=job.method, context_tokens=CONTEXT)
-    kind = {"training_type": job.training_type, "method": job.method}
+    kind: dict[str, Any] = {"training_type": job.training_type, "method": job.method}
     numbers = resolve(requested, rows=100, context_tokens=CONTEXT, **kind)
     return msgspec.structs.replace(
         job, requested=requested, hyperparameters=msgspec.to_builtins(numbers) if resolved else {}
@@ -127,9 +128,13 @@ def test_data_and_models() -> None:
     assert changes_of(a_job(), "base_mismatch") == {}
 
 
-def test_the_cause_of_a_death_goes_before_the_codes_own() -> None:
-    error = explain(a_job(), BASE, "crashed", "m", "p", {}, cause="It was the {who}", evidence="line")
-    assert (error.cause, error.evidence, error.param) == ("It was the {who}", "line", "p")
+def test_what_a_death_says_goes_before_what_the_code_says() -> None:
+    signatures = {row.name: row for row in SIGNATURES}
+    error = explain(a_job(), BASE, "crashed", "m", "p", {}, signature=signatures["missing_library"], evidence="line")
+    assert (error.cause, error.evidence, error.param) == (signatures["missing_library"].cause, "line", "p")
+    assert error.suggestion == Suggestion(message=signatures["missing_library"].advice)
+    error = explain(a_job(), BASE, "out_of_memory", "m", "p", {}, signature=signatures["cuda_out_of_memory"])
+    assert "GPU" in error.cause and error.suggestion is not None and error.suggestion.changes
 
 
 def test_changes_of_a_request_keep_what_they_do_not_name() -> None:

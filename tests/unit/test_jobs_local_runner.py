@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tunewright.runners import local
 from tunewright.runners.local import LocalRunner
 
 SLEEPER = """
@@ -74,6 +75,28 @@ def test_a_process_lives_and_ends(runner: LocalRunner, tmp_path: Path) -> None:
     runner.terminate(pid)
     runner.kill(pid)
     assert not runner.died_of_memory(pid)
+    assert runner.exit_code(pid) == -signal.SIGTERM and LocalRunner().exit_code(pid) is None
+
+
+@pytest.mark.parametrize(
+    ("group", "events", "kills"),
+    [
+        ("0::/box/server\n", "low 0\noom 3\noom_kill 2\noom_group_kill 0\n", 2),  # others of the machine do not count
+        ("4:memory:/old\n0::/box/server\n", None, 7),
+        ("4:memory:/old\n", "oom_kill 2\n", 7),
+        (None, None, 7),
+    ],
+)
+def test_the_kernels_count_of_kills(tmp_path: Path, group: str | None, events: str | None, kills: int) -> None:
+    ours = tmp_path / "sys/fs/cgroup/box/server"
+    ours.mkdir(parents=True)
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/vmstat").write_text("nr_free_pages 1\noom_kill 7\n")
+    if group is not None:
+        (tmp_path / "proc/self/cgroup").write_text(group)
+    if events is not None:
+        (ours / "memory.events").write_text(events)
+    assert local._memory_kills(tmp_path) == kills
 
 
 def test_a_zombie_is_dead(tmp_path: Path) -> None:

@@ -1,5 +1,5 @@
 """Why a job failed and what to try next, from the code of its failure. Pure; one row for each code (docs/operations.md has
-the same table, a test compares). How a trainer died that left no code is read by `last_words.py`.
+the same table, a test compares). Of what a trainer died that left no code is read by `last_words.py`.
 """
 
 from collections.abc import Callable, Mapping
@@ -10,6 +10,7 @@ import msgspec
 from tunewright.i18n import mark
 from tunewright.jobs.hyperparameters import resolve
 from tunewright.jobs.records import Job, JobError, Suggestion
+from tunewright.jobs.signatures import Signature
 from tunewright.jobs.spec import Hyperparameters
 from tunewright.models.records import FULL, LORA, Base
 
@@ -43,11 +44,11 @@ def explain(
     param: str | None,
     values: Mapping[str, Any],
     *,
-    cause: str = "",
+    signature: Signature | None = None,
     evidence: str = "",
 ) -> JobError:
-    """The error of a job that failed with `code`. `base` is None if the catalogue has it no more; `cause` is that of a
-    trainer's death and goes before the code's own. `values` fill `message` and `cause`."""
+    """The error of a job that failed with `code`. `base` is None if the catalogue has it no more; what `signature` says of a
+    trainer's death goes before what the code says. `values` fill `message` and `cause`."""
     explanation = EXPLANATIONS.get(code, UNKNOWN)
     shown = {name: value if isinstance(value, str | int | float) else str(value) for name, value in values.items()}
     return JobError(
@@ -55,9 +56,11 @@ def explain(
         message=message,
         param=param,
         values=shown,
-        cause=cause or explanation.cause,
+        cause=explanation.cause if signature is None else signature.cause,
         evidence=evidence,
-        suggestion=explanation.advise(Case(job, _numbers(job, base), values, base)),
+        suggestion=Suggestion(message=signature.advice)
+        if signature is not None and signature.advice
+        else explanation.advise(Case(job, _numbers(job, base), values, base)),
     )
 
 

@@ -9,9 +9,10 @@ import structlog
 from tunewright.clock import mono_s, wall_s_after
 from tunewright.errors import Misconfigured, StorageFull, TunewrightError, Unavailable
 from tunewright.i18n import mark
-from tunewright.jobs import diagnosis, events, progress
+from tunewright.jobs import diagnosis, events, progress, recovery
 from tunewright.jobs.errand import Errand
 from tunewright.jobs.journal_reader import Terminal, read_batch
+from tunewright.jobs.last_words import evidence_of, recognise
 from tunewright.jobs.ports import OnEnd, Prover
 from tunewright.jobs.preparation import Preparation
 from tunewright.jobs.publication import Proven, Publication
@@ -27,7 +28,8 @@ from tunewright.jobs.records import (
     Job,
     JobEvent,
 )
-from tunewright.jobs.spec import Failed, Finished, Hyperparameters
+from tunewright.jobs.signatures import PREEMPTED, Signature
+from tunewright.jobs.spec import Failed, Finished, Hyperparameters, Stopped
 from tunewright.jobs.trainers import Trainers
 from tunewright.models.records import FULL
 from tunewright.settings import Settings
@@ -45,9 +47,6 @@ _PAUSE_PATIENCE_S = 60.0
 _PROOF_PATIENCE_S = 600.0
 """How long an engine that can't be asked is waited for before a whole training is given up."""
 _MOST_BUG_TRIES = 8
-_ROOM_DELAY_S = 60.0
-"""How long a job waits before it looks again whether the disk has room."""
-_LONGEST_RESTART_DELAY_S = 10.0
 
 
 class Moves:
@@ -207,45 +206,50 @@ class Moves:
             elif isinstance(terminal, Failed) and terminal.code == "insufficient_storage":
                 self._wait_for_room(job, terminal)
             elif isinstance(terminal, Failed):
-                self._fail(job, terminal.code, terminal.message, terminal.param, terminal.values)
+                evidence = evidence_of(self._trainers.death(job))
+                self._fail(job, terminal.code, terminal.message, terminal.param, terminal.values, evidence=evidence)
             else:
-                text = mark("The trainer was stopped at step {step}; the job is queued again")
-                self._requeue(job, events.message(job, "stopped", text, step=terminal.step))
+                self._preempted(job, terminal)
         return True
 
     def _died(self, job: Job) -> None:
-        """No last record, no process: start again from the last checkpoint, unless that has failed too often."""
+        """No last record, no process: start again from the last checkpoint, unless that is of no use."""
         if not self._trainers.end(job, 0.0):
             return
-        seen = self._trainers.known(job)  # else the earlier server died before it could start one
-        failures = job.failures + (1 if seen else 0)
-        out_of_memory, evidence = self._trainers.evidence(job)
-        log.warning("trainer_died", job=job.id, attempt=job.attempt, failures=failures, evidence=evidence)
-        if failures >= self._settings.max_attempts:
-            code, text = (
-                "crashed",
-                mark("The trainer ended unexpectedly {failures} times in a row, last after step {step}."),
-            )
-            if out_of_memory:
-                code = "out_of_memory"
-                text = mark(
-                    "The trainer ran out of memory {failures} times in a row, last after step {step}. "
-                    "Try a smaller batch_size, max_length or lora_rank."
-                )
-            self._fail(job, code, text, None, {"failures": failures, "step": job.step, "log": evidence})
+        if not self._trainers.known(job):  # the earlier server died before it could start one
+            self._requeue(job, None)
             return
-        delay_s = min(_LONGEST_RESTART_DELAY_S, 0.1 * 2**failures) if seen else 0.0
-        self._not_before_s[job.id] = mono_s() + delay_s
+        death = self._trainers.death(job)
+        signature, evidence = recognise(death), evidence_of(death)
         with self._storage.read() as tx:
             step = progress.last_checkpoint_step(tx, job)
-        text = mark("The trainer ended unexpectedly at step {step}; going on from step {checkpoint}")
-        event = events.message(job, "trainer_died", text, level="warn", step=job.step, checkpoint=step)
-        self._requeue(job, event, failures=failures)
+            halved = tx.jobs.has_event(job.project_id, job.id, recovery.MICRO_BATCH_HALVED)
+        verdict = recovery.judge(
+            signature,
+            failures=job.failures,
+            step=job.step,
+            checkpoint_step=step,
+            halved=halved,
+            max_attempts=self._settings.max_attempts,
+        )
+        log.warning("trainer_died", job=job.id, attempt=job.attempt, cause=signature.name, evidence=evidence)
+        if verdict.fatal:
+            self._fail(job, verdict.code, verdict.text, None, verdict.values, signature=signature, evidence=evidence)
+            return
+        self._not_before_s[job.id] = mono_s() + verdict.delay_s
+        event = events.message(job, verdict.code, verdict.text, level="warn", **verdict.values)
+        self._requeue(job, event, failures=verdict.failures)
+
+    def _preempted(self, job: Job, stopped: Stopped) -> None:
+        """Somebody asked the trainer to end, but not we: a node that shuts down, a person, a server that then died."""
+        self._not_before_s[job.id] = mono_s() + recovery.PREEMPTED_DELAY_S
+        places = {"step": job.step, "checkpoint": stopped.step}
+        self._requeue(job, events.message(job, PREEMPTED, recovery.PREEMPTED_TEXT, level="warn", **places))
 
     def _wait_for_room(self, job: Job, failed: Failed) -> None:
         """A full disk says nothing about the job: it goes on from its last checkpoint when there is room again."""
         log.error("job_waits_for_room", job=job.id, code=failed.code, step=job.step)
-        self._not_before_s[job.id] = mono_s() + _ROOM_DELAY_S
+        self._not_before_s[job.id] = mono_s() + recovery.ROOM_DELAY_S
         values = {name: value for name, value in failed.values.items() if name != "level"}
         self._requeue(job, events.message(job, failed.code, failed.message, level="warn", **values))
 
@@ -340,11 +344,12 @@ class Moves:
         param: str | None,
         values: dict[str, Any],
         *,
-        cause: str = "",
+        signature: Signature | None = None,
         evidence: str = "",
     ) -> None:
+        """`signature` is what a trainer died of."""
         base = self._preparation.known_base(job)
-        error = diagnosis.explain(job, base, code, message, param, values, cause=cause, evidence=evidence)
+        error = diagnosis.explain(job, base, code, message, param, values, signature=signature, evidence=evidence)
         event = events.message(job, "failed", message, level="error")
         with self._storage.write() as tx:
             changed = tx.jobs.change(

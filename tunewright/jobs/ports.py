@@ -43,6 +43,10 @@ class Runner(Protocol):
         the start, so also those of an earlier server."""
         ...
 
+    def exit_code(self, pid: int) -> int | None:
+        """How a process that is gone ended, minus the signal if by one; None if it was not our child."""
+        ...
+
     def died_of_memory(self, pid: int) -> bool:
         """Whether a process that is gone was most likely killed by the kernel for want of memory."""
         ...

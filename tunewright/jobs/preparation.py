@@ -13,6 +13,7 @@ from tunewright.jobs import row_choice
 from tunewright.jobs.creation import Tolerance, check_number_of_bad_rows
 from tunewright.jobs.hyperparameters import resolve
 from tunewright.jobs.records import Job
+from tunewright.jobs.recovery import MICRO_BATCH_HALVED
 from tunewright.jobs.spec import DataChoice, Hyperparameters, RowChoice, TrainingSpec
 from tunewright.models.records import Base, TunedModel
 from tunewright.settings import HomeFolder, Settings
@@ -98,6 +99,8 @@ class Preparation:
             seed=job.seed,
             threads=self._settings.trainer_threads,
             checkpoint_every_s=self._settings.checkpoint_every_s,
+            halve_micro_batch=self._memory_ran_out(job),
+            on_corrupt=self._settings.on_corrupt,
             max_line_bytes=self._settings.max_line_bytes,
             token_cache=str(self._home.token_cache) if self._settings.token_cache_bytes else None,
             token_cache_bytes=self._settings.token_cache_bytes,
@@ -221,6 +224,10 @@ class Preparation:
                 "model_not_found", mark("The model {model} to continue from is gone."), param="model", model=job.model
             )
         return model
+
+    def _memory_ran_out(self, job: Job) -> bool:
+        with self._storage.read() as tx:
+            return tx.jobs.has_event(job.project_id, job.id, MICRO_BATCH_HALVED)
 
     def _data(self, job: Job, name: str) -> Path:
         return self._home.jobs / job.id / "data" / f"{name}.jsonl"

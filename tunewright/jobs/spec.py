@@ -102,6 +102,10 @@ class TrainingSpec(msgspec.Struct, frozen=True, kw_only=True):
     memory_limit_bytes: int = 0
     """What the trainer may take in all; 0 lets it look at what is free."""
     checkpoint_every_s: float
+    halve_micro_batch: bool = False
+    """Memory ran out before: take half of what would be chosen for one forward pass, from the first step on."""
+    on_corrupt: str = "fail"
+    """Where checkpoints lie there and none is whole: `fail` with `checkpoint_unrecoverable`, or `restart` from step 0."""
     max_line_bytes: int
     token_cache: str | None = None
     """Folder of the tokenised data files (datasets/tokens/packed_cache.py); None keeps none."""

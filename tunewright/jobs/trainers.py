@@ -3,27 +3,22 @@
 What is remembered here can be lost at any time: `trainer.json`, the list of processes and the fence file bring it back.
 """
 
-import re
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
 from tunewright.clock import mono_s
 from tunewright.files_on_disk import write_atomically
+from tunewright.jobs.last_words import Death
 from tunewright.jobs.ports import Runner
 from tunewright.jobs.records import Job
 from tunewright.jobs.spec import TrainerProcess, TrainingSpec
 
 _APPEAR_S = 2.0
 """A process that an earlier server started just before its death shows itself within this time."""
-_EVIDENCE_LINES, _EVIDENCE_CHARACTERS = 20, 2000
-_MEMORY_WORDS = re.compile(
-    r"out of memory|can't allocate memory|cannot allocate memory|failed to map segment|\bMemoryError\b|bad_alloc",
-    re.IGNORECASE,
-)
+_TAIL_BYTES = 32 * 1024
 
 
 @dataclass
@@ -125,12 +120,14 @@ class Trainers:
         """Keep what is known of these jobs only."""
         self._watches = {job_id: watch for job_id, watch in self._watches.items() if job_id in job_ids}
 
-    def evidence(self, job: Job) -> tuple[bool, str]:
-        """Whether memory ran out, and the last lines of the log (for operators, never for a sentence to a caller)."""
-        text = _tail(self.folder(job) / f"log-{job.attempt}.txt")
+    def death(self, job: Job) -> Death:
+        """What is known of the end of a trainer that is gone: its last lines, its exit code, whether we or the kernel killed
+        it."""
         watch = self._watch(job)
-        starved = watch.pid is not None and not watch.killed and self._runner.died_of_memory(watch.pid)
-        return starved or _MEMORY_WORDS.search(text) is not None, text
+        text = _tail(self.folder(job) / f"log-{job.attempt}.txt")
+        if watch.killed or watch.pid is None:
+            return Death(text, silent=watch.killed)
+        return Death(text, self._runner.exit_code(watch.pid), starved=self._runner.died_of_memory(watch.pid))
 
     def _watch(self, job: Job) -> _Watch:
         watch = self._watches.get(job.id)
@@ -167,8 +164,7 @@ def _tail(path: Path) -> str:
     try:
         with path.open("rb") as stream:
             stream.seek(0, 2)
-            stream.seek(max(0, stream.tell() - 16384))
-            lines: list[Any] = stream.read().decode(errors="replace").splitlines()
+            stream.seek(max(0, stream.tell() - _TAIL_BYTES))
+            return stream.read().decode(errors="replace")
     except FileNotFoundError:
         return ""
-    return "\n".join(lines[-_EVIDENCE_LINES:])[-_EVIDENCE_CHARACTERS:]

@@ -129,6 +129,11 @@ def sha256_in(folder: Path, step: int, name: str) -> str:
     return json.loads((checkpoint_path(folder, step) / MANIFEST).read_text("utf-8"))["files"][name]
 
 
+def damaged(folder: Path) -> list[str]:
+    """Names of checkpoints of the job's folder that were put aside, by this attempt or by an earlier one."""
+    return sorted(path.name for path in (folder / "checkpoints").glob("corrupt-step-*"))
+
+
 def is_disk_full(error: BaseException) -> bool:
     """Whether an error of writing means that there is no room, or no more that this user may take."""
     if isinstance(error, SafetensorError):  # which has the number in its text only

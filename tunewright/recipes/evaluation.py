@@ -10,7 +10,8 @@ class Progress:
     """How far the training is: all of it lies in a checkpoint. Losses are those of the last step and evaluation.
 
     Margins are of preference training only. Of validation losses, `best_loss` is the lowest so far and `gained_loss` the one
-    that the next has to be below by more than `min_delta`, which the last `stale` of them were not.
+    that the next has to be below by more than `min_delta`, which the last `stale` of them were not. `start_loss` is the mean of
+    the first steps, far above which the last `exploded_steps` of them were (divergence.py).
     """
 
     step: int = 0
@@ -27,6 +28,8 @@ class Progress:
     best_loss: float | None = None
     gained_loss: float | None = None
     stale: int = 0
+    start_loss: float = 0.0
+    exploded_steps: int = 0
 
     @property
     def evaluated(self) -> bool:

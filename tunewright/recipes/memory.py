@@ -4,6 +4,15 @@ import errno
 
 import torch
 
+_WORDS = (
+    "DefaultCPUAllocator",
+    "out of memory",
+    "std::bad_alloc",
+    "annot allocate memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+)
+
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether the error, of host or GPU, means that memory ran out."""
@@ -12,4 +21,4 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
     text = str(error)
-    return "DefaultCPUAllocator" in text or "out of memory" in text or "std::bad_alloc" in text
+    return any(words in text for words in _WORDS)

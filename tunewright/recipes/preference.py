@@ -11,6 +11,7 @@ pi and ref are log-probabilities of a whole answer, summed over its tokens: of t
 - All else is supervised training (text.py): schedule, optimizer, checkpoints, what happens when memory or disk run out.
 """
 
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,10 @@ class PreferenceTraining(text.Training):
         return super()._choices() | {"method": "dpo", "beta": self.beta, "reference": before}
 
     # --- loss ---
+
+    def uninformed_loss(self) -> float:
+        """The loss before the first step: of every two answers each is as good as the other."""
+        return math.log(2)
 
     def _log_probabilities(self, rows: packing.Rows, group: list[int]) -> torch.Tensor:
         """log p(answer) of each row of a micro-batch, float64 (rows,)."""

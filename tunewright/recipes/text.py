@@ -20,10 +20,20 @@ import transformers
 from safetensors import SafetensorError
 
 from tunewright.clock import mono_s
-from tunewright.errors import InvalidRequest
+from tunewright.errors import InvalidRequest, Misconfigured
 from tunewright.i18n import mark
 from tunewright.jobs.spec import Checkpoint, Finished, Metrics, Started
-from tunewright.recipes import adapters, checkpoints, evaluation, flattened, full_weights, job_rows, packing, saving
+from tunewright.recipes import (
+    adapters,
+    checkpoints,
+    divergence,
+    evaluation,
+    flattened,
+    full_weights,
+    job_rows,
+    packing,
+    saving,
+)
 from tunewright.recipes.adapters import Lora
 from tunewright.recipes.attempt import Attempt, StopRequested
 from tunewright.recipes.evaluation import Progress
@@ -45,7 +55,8 @@ def train(attempt: Attempt) -> Finished:
 
     Raises StopRequested (a checkpoint lies there, unless no step was made), Superseded, and InvalidRequest or Misconfigured
     for what a retry would not mend: `file_integrity`, `base_model_integrity`, `base_model_unsupported`, `nothing_to_train`,
-    `out_of_memory`, `loss_not_finite`, `adapter_mismatch`, `base_mismatch`, `invalid_artifact`, `artifact_integrity`.
+    `out_of_memory`, `loss_not_finite`, `diverged`, `checkpoint_unrecoverable`, `adapter_mismatch`, `base_mismatch`,
+    `invalid_artifact`, `artifact_integrity`.
     """
     return finish(Training, attempt)
 
@@ -90,7 +101,7 @@ class Training:
         self.rows, self.validation = job_rows.read(attempt, self.renderer, self.sides)
         self.steps_per_epoch = math.ceil(self.rows.n_examples / self.wanted.batch_size)
         self.total_steps = self.steps_per_epoch * self.wanted.n_epochs
-        self.token_budget = TOKEN_BUDGET
+        self.token_budget = TOKEN_BUDGET // 2 if self.spec.halve_micro_batch else TOKEN_BUDGET
 
         # model
         full = self.spec.training_type == "full"
@@ -220,6 +231,11 @@ class Training:
                 progress = evaluation.judged(progress, self.wanted.early_stopping)
             now = mono_s()
             progress = replace(progress, elapsed_s=elapsed_before + now - began)
+            progress = divergence.watched(
+                progress,
+                uninformed_loss=self.uninformed_loss(),
+                multiplier=self.wanted.learning_rate_multiplier,
+            )
             marks.append((now, progress.tokens))
             self._write_metrics(progress, marks)
             if self._is_worth_keeping(progress) or now - saved_at >= self.spec.checkpoint_every_s:
@@ -266,6 +282,10 @@ class Training:
             loss=total / n_labels,
             accuracy=right / n_labels,
         )
+
+    def uninformed_loss(self) -> float:
+        """The loss of a model that knows nothing."""
+        return math.log(self.model.config.get_text_config().vocab_size)
 
     def _update(self, steps_done: int, loss: float) -> None:
         """Change the weights by the gradients that lie there. Raises InvalidRequest(`loss_not_finite`)."""
@@ -316,8 +336,9 @@ class Training:
     # --- save ---
 
     def _save(self, progress: Progress) -> None:
-        """Publish a checkpoint unless one of this step lies there already. A full disk costs the checkpoint only."""
-        if progress.step == self.saved_step:
+        """Publish a checkpoint unless one of this step lies there already, or the loss has just exploded: those before are
+        kept for when it stays so. A full disk costs the checkpoint only."""
+        if progress.step == self.saved_step or progress.exploded_steps:
             return
         self._require_finite(progress.step)
 
@@ -382,12 +403,14 @@ class Training:
         def corrupt(step: int) -> None:
             self.attempt.note(
                 "checkpoint_corrupt",
-                mark("The checkpoint of step {step} is damaged; it was put aside and the one before it is used."),
+                mark("The checkpoint of step {step} is damaged; it was put aside."),
                 step=step,
             )
 
         folder = checkpoints.newest_verified(self.spec, corrupt)
         if folder is None:
+            if checkpoints.damaged(self.attempt.folder):
+                self._restart_or_fail()
             return Progress()
         self.trained.read_weights(folder)
         progress = Progress(**checkpoints.read_state(folder)["progress"])
@@ -431,6 +454,19 @@ class Training:
             loss=f"{progress.best_loss:.4f}",
         )
         return progress.best_step
+
+    def _restart_or_fail(self) -> None:
+        """No checkpoint is left of those that were made. Raises Misconfigured(`checkpoint_unrecoverable`)."""
+        if self.spec.on_corrupt != "restart":
+            raise Misconfigured(
+                "checkpoint_unrecoverable",
+                mark(
+                    "No checkpoint of this job is whole any more. The damaged ones were put aside in its work folder."
+                ),
+            )
+        self.attempt.note(
+            "restarted_from_zero", mark("No checkpoint is whole any more: the training begins again at step 0.")
+        )
 
     def _require_finite(self, step: int) -> None:
         if not self.trained.is_finite():

@@ -68,6 +68,10 @@ class LocalRunner:
         ending = ["-m", module, str(work_folder)]
         return sorted({stat.session for stat in _live_processes() if _arguments(stat.pid)[-3:] == ending})
 
+    def exit_code(self, pid: int) -> int | None:
+        child = self._children.get(pid)
+        return None if child is None else child.returncode
+
     def died_of_memory(self, pid: int) -> bool:
         child = self._children.get(pid)
         if child is not None and child.returncode not in (None, -signal.SIGKILL):
@@ -144,11 +148,22 @@ def _arguments(pid: int) -> list[str]:
     return [os.fsdecode(part) for part in data.split(b"\0")[:-1]]
 
 
-def _memory_kills() -> int:
-    """Processes killed by the kernel for want of memory since boot, on the whole machine."""
-    with suppress(OSError), (_PROC / "vmstat").open() as stream:
+def _memory_kills(root: Path = Path("/")) -> int:
+    """Processes killed by the kernel for want of memory: of our control group, or where it does not count them, on the whole
+    machine since boot."""
+    with suppress(OSError):
+        for line in (root / "proc/self/cgroup").read_text().splitlines():
+            if line.startswith("0::/"):  # the unified hierarchy; trainers are in the group of the server
+                count = _count_of("oom_kill", root / "sys/fs/cgroup" / line[len("0::/") :] / "memory.events")
+                if count is not None:
+                    return count
+    return _count_of("oom_kill", root / "proc/vmstat") or 0
+
+
+def _count_of(wanted: str, path: Path) -> int | None:
+    with suppress(OSError), path.open() as stream:
         for line in stream:
             name, _, count = line.partition(" ")
-            if name == "oom_kill":
+            if name == wanted:
                 return int(count)
-    return 0
+    return None

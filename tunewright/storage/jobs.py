@@ -132,6 +132,13 @@ class Jobs:
         )
         return every(self._connection, statement.order_by(job_events.c.sequence).limit(limit), JobEvent)
 
+    def has_event(self, project_id: str, job_id: str, code: str) -> bool:
+        """Whether an event of that code was ever added."""
+        statement = sa.select(job_events.c.id).where(
+            *_of_job(job_events, project_id, job_id), job_events.c.code == code
+        )
+        return self._connection.scalar(statement.limit(1)) is not None
+
     def add_checkpoint(self, checkpoint: JobCheckpoint) -> None:
         """Insert; a second one for the same (job, step) is dropped in silence."""
         known = self._connection.scalar(
