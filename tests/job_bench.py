@@ -19,6 +19,7 @@ from tunewright.errors import TunewrightError
 from tunewright.files_on_disk import sha256_of
 from tunewright.ids import new_id
 from tunewright.jobs.controller import JobController
+from tunewright.jobs.line import Line
 from tunewright.jobs.ports import OnEnd, nothing_at_end
 from tunewright.jobs.records import TERMINAL, Job, JobEvent
 from tunewright.jobs.service import CreateJob, JobService
@@ -56,9 +57,13 @@ class Prover:
         self.warmed: list[str] = []
         self.proved: list[str] = []
         self.wait_for: Callable[[], bool] = lambda: True
+        self.held_bytes = 0
 
     def warm(self, base: Base) -> None:
         self.warmed.append(base.code)
+
+    def memory_bytes(self) -> int:
+        return self.held_bytes
 
     def prove(self, base: Base, model: TunedModel) -> dict[str, Any]:
         while not self.wait_for():
@@ -68,6 +73,23 @@ class Prover:
             raise self.errors.pop(0)
         weights = self.adapters / (model.adapter_path or "?") / "adapter_model.safetensors"
         return {"tensors": 2, "tensors_applied": 2, "max_logit_shift": len(weights.read_bytes()) / 10}
+
+
+class Machine:
+    """Large, without GPUs."""
+
+    def __init__(self) -> None:
+        self.bytes = 2**50
+        self.number_of_gpus = 0
+
+    def memory_bytes(self) -> int:
+        return self.bytes
+
+    def cores(self) -> int:
+        return 8
+
+    def gpus(self) -> int:
+        return self.number_of_gpus
 
 
 def a_base(home: HomeFolder, code: str = "tiny", **changes: Any) -> Base:
@@ -94,7 +116,9 @@ class Bench:
         self.bases = Bases(a_base(self.home))
         catalogue = cast(Catalogue, self.bases)
         self.models = ModelService(self.storage, catalogue, self.home)
-        self.jobs = JobService(self.storage, catalogue, self.models, self.home, self.settings)
+        self.machine = Machine()
+        self.line = Line(self.settings, self.machine)
+        self.jobs = JobService(self.storage, catalogue, self.models, self.home, self.settings, self.line)
         self.prover = Prover(self.home.adapters)
         self.runners: list[LocalRunner] = []
         self.on_end: OnEnd = nothing_at_end
@@ -115,6 +139,7 @@ class Bench:
             self.settings,
             self.runners[-1],
             self.prover,
+            self.line,
             trainer_module=TRAINER,
             lease_holder=lease_holder,
             on_end=self.on_end,

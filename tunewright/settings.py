@@ -49,6 +49,12 @@ class Settings(BaseSettings):
     min_free_disk_bytes: int = Field(default=2**30, description="Uploads are refused below this much free disk")
 
     max_running_jobs: int = Field(default=1, ge=1, description="Trainers at work at the same time")
+    memory_bytes: int = Field(
+        default=0, ge=0, description="Memory for everything together; 0 means that of the machine or container"
+    )
+    reserved_memory_bytes: int = Field(
+        default=2**30, ge=0, description="What of it trainers and engines leave to the server and the system"
+    )
     max_queued_jobs: int = Field(default=100, ge=1, description="Jobs of one project waiting at the same time")
     trainer_threads: int = Field(default=0, ge=0, description="Threads of a trainer; 0 measures at start")
     price_per_million_tokens: float | None = Field(

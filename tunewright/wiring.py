@@ -17,6 +17,7 @@ from tunewright.egress import Egress
 from tunewright.errors import Misconfigured, TunewrightError, Unavailable
 from tunewright.i18n import mark
 from tunewright.jobs.controller import JobController
+from tunewright.jobs.line import Line
 from tunewright.jobs.service import JobService
 from tunewright.models.catalogue import Catalogue
 from tunewright.models.service import ModelService
@@ -28,6 +29,7 @@ from tunewright.notifications.sending import Sending
 from tunewright.notifications.service import NotificationService
 from tunewright.notifications.webhooks import WebhookSender
 from tunewright.runners.local import LocalRunner
+from tunewright.runners.machine import LocalMachine
 from tunewright.settings import HomeFolder, Settings
 from tunewright.storage import Blobs, Storage
 
@@ -53,7 +55,8 @@ class Platform:
         self.datasets.on_delete = self.tokens.forget
         self.catalogue = Catalogue(self.home)
         self.models = ModelService(self.storage, self.catalogue, self.home)
-        self.jobs = JobService(self.storage, self.catalogue, self.models, self.home, settings)
+        line = Line(settings, LocalMachine())
+        self.jobs = JobService(self.storage, self.catalogue, self.models, self.home, settings, line)
         runner = LocalRunner()
         self.pool = Pool(self.home, settings, runner)
         self.controller = JobController(
@@ -65,6 +68,7 @@ class Platform:
             settings,
             runner,
             self.pool,
+            line,
             on_end=record_end,
         )
         self.jobs.on_end = record_end

@@ -102,6 +102,11 @@ def job(project_id: str, **changes: Any) -> Job:
         "step": 4,
         "rehearsal": {"status": "done", "memory_peak_bytes": 2**33, "price": None},
         "choices": {"dtype": "bfloat16"},
+        "priority": "high",
+        "interrupted": True,
+        "passes": 2,
+        "elapsed_s": 0.25,
+        "resources": {"memory_bytes": 2**33, "source": "estimate"},
         "retry_of": "ftjob-a",
         "cloned_from": "ftjob-b",
     }

@@ -63,10 +63,11 @@ LISTS: dict[str, Ask] = {
     "due channels": lambda tx, p, ids: tx.deliveries.due_channels(9),
     "next due": lambda tx, p, ids: tx.deliveries.next_due(p, ids["channel"], 9),
     "metered messages": lambda tx, p, ids: tx.deliveries.metered_since(p, 9),
+    "jobs ended since": lambda tx, p, ids: tx.jobs.ended_since(9, 2),
     "unfinished jobs": lambda tx, p, ids: tx.jobs.unfinished(),
     "idempotency": lambda tx, p, ids: tx.idempotency.find(p, "route", "key", since=0),
 }
-STARTED_INSIDE = {name for name in LISTS if name.startswith(("files ", "jobs "))}
+STARTED_INSIDE = {name for name in LISTS if name.startswith(("files ", "jobs "))} - {"jobs ended since"}
 SORTED_AFTERWARDS = {"unfinished jobs", "children of a file", "enabled channels", "due channels"}
 """A handful of rows of several states; never paged."""
 

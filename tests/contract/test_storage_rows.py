@@ -188,6 +188,22 @@ def test_jobs_come_back_as_they_went(storage: Storage, ours: Project) -> None:
         assert tx.jobs.find_by_request_id(ours.id, "request-2") is None
 
 
+def test_jobs_that_ended_lately(storage: Storage, ours: Project, theirs: Project) -> None:
+    """Those that trained, of all projects, deleted ones too: they used the machine."""
+    late, deleted = job(ours.id, finished_at=NOON + 9), job(theirs.id, finished_at=NOON + 5, deleted_at=NOON + 8)
+    others = [
+        job(ours.id, finished_at=NOON),
+        job(ours.id, finished_at=NOON + 7, elapsed_s=0.0),
+        job(ours.id, finished_at=None),
+    ]
+    with storage.write() as tx:
+        for each in (deleted, late, *others):
+            tx.jobs.insert(each)
+    with storage.read() as tx:
+        assert tx.jobs.ended_since(NOON, 9) == [late, deleted]
+        assert tx.jobs.ended_since(NOON, 1) == [late]
+
+
 def test_pages_of_jobs(storage: Storage, ours: Project) -> None:
     stored = [
         job(

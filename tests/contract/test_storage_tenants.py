@@ -42,6 +42,7 @@ NOT_OF_A_TENANT = {
     ("keys", "find"),
     ("images", "processing"),
     ("jobs", "unfinished"),
+    ("jobs", "ended_since"),
     ("jobs", "deleted"),
     ("models", "gone"),
     ("uploads", "overdue"),

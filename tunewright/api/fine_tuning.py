@@ -19,8 +19,10 @@ from tunewright.api.renderings import checkpoint_object, deleted_model, event_ob
 from tunewright.api.services import JobsOf, ModelsOf
 from tunewright.errors import InvalidRequest, quote
 from tunewright.i18n import mark
-from tunewright.jobs.records import Job
-from tunewright.jobs.service import CreateJob
+from tunewright.jobs.line import QueuePlace
+from tunewright.jobs.records import QUEUED, Job
+from tunewright.jobs.scheduling import PRIORITIES
+from tunewright.jobs.service import CreateJob, JobService
 
 MOST_JOBS = 100
 MOST_EVENTS = 1000
@@ -36,6 +38,8 @@ _EXTRAS = (
     "precision",
     "activation_checkpointing",
     "micro_batch_tokens",
+    "eval_steps",
+    "early_stopping",
 )
 """Hyperparameters that are also taken at the top level of the body, where `extra_body` of an SDK puts them."""
 _Text = Annotated[Any, WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "null"}]})]
@@ -72,6 +76,7 @@ class CreateBody(BaseModel):
     max_bad_rows: Annotated[Any, WithJsonSchema({"anyOf": [{"type": "integer"}, {"type": "null"}]})] = None
     max_bad_ratio: _Number = None
     validation_split: _Number = None
+    priority: Annotated[Any, WithJsonSchema({"enum": [*PRIORITIES, None]})] = None
     lora_rank: _Hyperparameter = None
     lora_alpha: _Hyperparameter = None
     max_length: _Hyperparameter = None
@@ -81,6 +86,10 @@ class CreateBody(BaseModel):
     precision: _Text = None
     activation_checkpointing: _Text = None
     micro_batch_tokens: _Hyperparameter = None
+    eval_steps: _Hyperparameter = None
+    early_stopping: Annotated[
+        Any, WithJsonSchema({"anyOf": [{"type": "boolean"}, {"type": "object"}, {"type": "null"}]})
+    ] = None
 
     @model_validator(mode="before")
     @classmethod
@@ -111,6 +120,7 @@ def create_job(body: CreateBody) -> CreateJob:
         max_bad_rows=body.max_bad_rows,
         max_bad_ratio=body.max_bad_ratio,
         validation_split=body.validation_split,
+        priority=body.priority,
     )
 
 
@@ -145,6 +155,10 @@ def _method(method: Any) -> tuple[Any, Any]:
     return kind, settings.get("hyperparameters") if settings else None
 
 
+def _places(jobs: JobService, found: list[Job]) -> dict[str, QueuePlace]:
+    return jobs.places() if any(job.status == QUEUED for job in found) else {}
+
+
 class JobRoutes:
     """The routes. `words` are the dialect's names for our states, `name_shown` when it shows the name of the tuned model.
 
@@ -175,15 +189,25 @@ class JobRoutes:
         router.add_api_route(jobs + "/{job_id}/checkpoints", self.checkpoints, methods=["GET"])
         return router
 
-    def shown(self, request: Request, job: Job) -> dict[str, Any]:
+    def shown(self, request: Request, job: Job, places: Mapping[str, QueuePlace]) -> dict[str, Any]:
         """The job in this dialect's words and the request's language."""
-        return job_object(job, self._words, self._name_shown(job), exchange_of(request.scope).language)
+        language = exchange_of(request.scope).language
+        return job_object(job, self._words, self._name_shown(job), language, places.get(job.id))
+
+    def one(self, request: Request, jobs: JobService, job: Job) -> dict[str, Any]:
+        """The job with its place in the queue, if it has one."""
+        return self.shown(request, job, _places(jobs, [job]))
+
+    def many(self, request: Request, jobs: JobService, found: list[Job], more: bool) -> dict[str, Any]:
+        """A page of them."""
+        places = _places(jobs, found)
+        return page(found, more, lambda job: self.shown(request, job, places))
 
     def create(
         self, request: Request, body: CreateBody, caller: CallerOf, jobs: JobsOf, idempotency: IdempotencyOf
     ) -> Json:
         """Create a job, or find the one that the same request made before."""
-        return Json(self.shown(request, jobs.create(caller.project_id, create_job(body), idempotency)))
+        return Json(self.one(request, jobs, jobs.create(caller.project_id, create_job(body), idempotency)))
 
     def list_jobs(
         self,
@@ -196,27 +220,27 @@ class JobRoutes:
     ) -> Json:
         """Newest first."""
         found, more = jobs.list(caller.project_id, after=after, limit=clamped(limit, 20, MOST_JOBS), metadata=metadata)
-        return Json(page(found, more, lambda job: self.shown(request, job)))
+        return Json(self.many(request, jobs, found, more))
 
     def retrieve(self, request: Request, job_id: str, caller: CallerOf, jobs: JobsOf) -> Json:
         """One job."""
-        return Json(self.shown(request, jobs.get(caller.project_id, job_id)))
+        return Json(self.one(request, jobs, jobs.get(caller.project_id, job_id)))
 
     def delete(self, request: Request, job_id: str, caller: CallerOf, jobs: JobsOf) -> Json:
         """Remove an ended job; the answer is its last state."""
-        return Json(self.shown(request, jobs.delete(caller.project_id, job_id)) | {"deleted": True})
+        return Json(self.one(request, jobs, jobs.delete(caller.project_id, job_id)) | {"deleted": True})
 
     def cancel(self, request: Request, job_id: str, caller: CallerOf, jobs: JobsOf) -> Json:
         """Cancel; a second time changes nothing."""
-        return Json(self.shown(request, jobs.cancel(caller.project_id, job_id)))
+        return Json(self.one(request, jobs, jobs.cancel(caller.project_id, job_id)))
 
     def pause(self, request: Request, job_id: str, caller: CallerOf, jobs: JobsOf) -> Json:
         """Save a checkpoint and wait."""
-        return Json(self.shown(request, jobs.pause(caller.project_id, job_id)))
+        return Json(self.one(request, jobs, jobs.pause(caller.project_id, job_id)))
 
     def resume(self, request: Request, job_id: str, caller: CallerOf, jobs: JobsOf) -> Json:
         """Go on from the last checkpoint."""
-        return Json(self.shown(request, jobs.resume(caller.project_id, job_id)))
+        return Json(self.one(request, jobs, jobs.resume(caller.project_id, job_id)))
 
     def events(
         self, request: Request, job_id: str, caller: CallerOf, jobs: JobsOf, after: After, limit: Limit = None

@@ -6,6 +6,7 @@ from typing import Any
 from tunewright.datasets.presentation import status_sentence
 from tunewright.datasets.records import File
 from tunewright.i18n import translate
+from tunewright.jobs.line import QueuePlace
 from tunewright.jobs.records import Job, JobCheckpoint, JobEvent
 from tunewright.models.service import Card
 
@@ -33,8 +34,14 @@ def file_object(file: File, language: str = "en") -> dict[str, Any]:
     return shown
 
 
-def job_object(job: Job, words: Mapping[str, str], fine_tuned_model: str | None, language: str) -> dict[str, Any]:
-    """`words` are the dialect's names for our states; our own is in `state`."""
+def job_object(
+    job: Job,
+    words: Mapping[str, str],
+    fine_tuned_model: str | None,
+    language: str,
+    place: QueuePlace | None = None,
+) -> dict[str, Any]:
+    """`words` are the dialect's names for our states; our own is in `state`. `place` is that of a queued job."""
     hyperparameters = _hyperparameters(job)
     return {
         "id": job.id,
@@ -66,9 +73,21 @@ def job_object(job: Job, words: Mapping[str, str], fine_tuned_model: str | None,
         "validation_split": job.validation_split,
         "rehearsal": job.rehearsal or None,
         "progress": {"step": job.step, "total_steps": job.total_steps},
+        "priority": job.priority,
+        "queue": None if place is None else _queue_object(place, language),
         "retry_of": job.retry_of,
         "cloned_from": job.cloned_from,
         "error": _job_error(job, language),
+    }
+
+
+def _queue_object(place: QueuePlace, language: str) -> dict[str, Any]:
+    return {
+        "position": place.position,
+        "ahead": place.position - 1,
+        "estimated_start": place.estimated_start,
+        "sources": place.sources,
+        "waits_for": {"code": place.waits_for, "message": translate(place.message, language, **place.values)},
     }
 
 

@@ -94,6 +94,10 @@ class Pool:
         """Start the worker of `base` in the background, if it is not there. Whoever needs it learns how that went."""
         self._ready(base)
 
+    def memory_bytes(self) -> int:
+        """What the workers hold in memory now."""
+        return sum(self._runner.memory_bytes(worker.process.pid) for worker in list(self._workers.values()))
+
     def prove(self, base: Base, model: TunedModel) -> dict[str, Any]:
         """Load the adapter of `model` into the pool and measure its effect on the canary prompts (see jobs/ports.py).
 

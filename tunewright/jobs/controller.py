@@ -15,6 +15,7 @@ from tunewright.accounts.idempotency import forget_expired
 from tunewright.clock import mono_s
 from tunewright.errors import TunewrightError
 from tunewright.jobs.lease import Lease, holder_of
+from tunewright.jobs.line import Line
 from tunewright.jobs.moves import Moves
 from tunewright.jobs.ports import OnEnd, Prover, Runner, nothing_at_end
 from tunewright.jobs.preparation import Preparation
@@ -51,6 +52,7 @@ class JobController:
         settings: Settings,
         runner: Runner,
         prover: Prover,
+        line: Line,
         *,
         trainer_module: str = "tunewright.recipes.run",
         lease_holder: str | None = None,
@@ -69,6 +71,7 @@ class JobController:
             prover,
             self.wake,
             on_end,
+            line,
         )
         self._woken = threading.Event()
         self._stopping = threading.Event()
@@ -109,6 +112,7 @@ class JobController:
         if not self._lease.held():
             return False
         self._forget_old_keys()
+        self._moves.choose_next(jobs, {job_id for job_id, (_, due_s) in self._troubles.items() if mono_s() < due_s})
         active = False
         for job in jobs:
             tries, due_s = self._troubles.get(job.id, (0, 0.0))

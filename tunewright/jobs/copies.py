@@ -7,10 +7,9 @@ import msgspec
 
 from tunewright.errors import Conflict, InvalidRequest
 from tunewright.i18n import mark
-from tunewright.jobs.creation import DPO, CreateJob
+from tunewright.jobs.creation import DPO, CreateJob, with_changes
+from tunewright.jobs.hyperparameters import ONLY_DPO
 from tunewright.jobs.records import TERMINAL, Job
-
-_ONLY_DPO = "beta"
 
 
 def same_again(job: Job) -> CreateJob:
@@ -28,6 +27,7 @@ def same_again(job: Job) -> CreateJob:
         max_bad_rows=job.tolerance.get("max_bad_rows"),
         max_bad_ratio=job.tolerance.get("max_bad_ratio"),
         validation_split=job.validation_split,
+        priority=job.priority,
     )
 
 
@@ -59,11 +59,10 @@ def retry_of(job: Job, *, apply_suggestion: bool) -> CreateJob:
 def clone_of(job: Job, changes: Mapping[str, Any]) -> CreateJob:
     """The request for a copy. `changes` are fields of CreateJob; hyperparameters are changed one by one, and None makes all
     of them 'auto'."""
-    request = msgspec.structs.replace(same_again(job), **{k: v for k, v in changes.items() if k != "hyperparameters"})
-    hyperparameters = changes.get("hyperparameters", {})
-    if hyperparameters is None:
-        return msgspec.structs.replace(request, hyperparameters=None)
-    if not isinstance(hyperparameters, Mapping):  # which the check of the request refuses
-        return msgspec.structs.replace(request, hyperparameters=hyperparameters)
-    kept = {name: value for name, value in job.requested.items() if name != _ONLY_DPO or request.method == DPO}
-    return msgspec.structs.replace(request, hyperparameters=kept | dict(hyperparameters))
+    request = same_again(job)
+    if changes.get("method", job.method) != DPO:
+        kept = {name: value for name, value in job.requested.items() if name not in ONLY_DPO}
+        request = msgspec.structs.replace(request, hyperparameters=kept)
+    if isinstance(changes.get("hyperparameters", {}), Mapping):
+        return with_changes(request, changes)
+    return msgspec.structs.replace(request, **changes)  # None, or what the check of the request refuses

@@ -12,6 +12,7 @@ from tunewright.datasets.records import FINE_TUNE_PURPOSES, File
 from tunewright.datasets.report import Report
 from tunewright.errors import Conflict, InvalidRequest, NotFound, quote
 from tunewright.i18n import mark
+from tunewright.jobs.scheduling import PRIORITIES
 from tunewright.models.records import Base, TunedModel
 
 NEED_VALIDATION = ("early_stopping", "eval_steps")
@@ -45,6 +46,7 @@ class CreateJob(msgspec.Struct, frozen=True, kw_only=True):
     max_bad_rows: Any = None
     max_bad_ratio: Any = None
     validation_split: Any = None
+    priority: Any = None
 
 
 def with_changes(request: CreateJob, changes: Mapping[str, Any]) -> CreateJob:
@@ -296,6 +298,21 @@ def check_seed(seed: Any) -> int:
             value=quote(seed),
         )
     return seed
+
+
+def check_priority(priority: Any) -> str:
+    """`normal` if absent. Raises InvalidRequest(`invalid_value`)."""
+    if priority is None:
+        return "normal"
+    if isinstance(priority, str) and priority in PRIORITIES:
+        return priority
+    raise InvalidRequest(
+        "invalid_value",
+        mark("priority must be one of {known}, not {value}."),
+        param="priority",
+        known=", ".join(PRIORITIES),
+        value=quote(priority),
+    )
 
 
 def check_metadata(metadata: Any) -> dict[str, str] | None:

@@ -176,6 +176,10 @@ EXPLANATIONS: dict[str, Explanation] = {
         ),
         _less_memory,
     ),
+    "not_enough_memory": Explanation(
+        mark("All the memory that this machine has for training would not be enough, so the job was not started."),
+        _less_memory,
+    ),
     "loss_not_finite": Explanation(
         mark("The numbers of the training grew beyond what a float can hold, most often by too high a learning rate."),
         _gentler,

@@ -1,6 +1,6 @@
 """What the control loop does with one job in each state: one method for each state, one transaction for each move."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
@@ -13,6 +13,7 @@ from tunewright.jobs import diagnosis, events, progress, recovery
 from tunewright.jobs.errand import Errand
 from tunewright.jobs.journal_reader import Terminal, read_batch
 from tunewright.jobs.last_words import evidence_of, recognise
+from tunewright.jobs.line import Line, gigabytes
 from tunewright.jobs.ports import OnEnd, Prover
 from tunewright.jobs.preparation import Preparation
 from tunewright.jobs.publication import Proven, Publication
@@ -47,6 +48,7 @@ _PAUSE_PATIENCE_S = 60.0
 _PROOF_PATIENCE_S = 600.0
 """How long an engine that can't be asked is waited for before a whole training is given up."""
 _MOST_BUG_TRIES = 8
+_MEASURE_EVERY_S = 2.0
 
 
 class Moves:
@@ -62,6 +64,7 @@ class Moves:
         prover: Prover,
         wake: Callable[[], None],
         on_end: OnEnd,
+        line: Line,
     ) -> None:
         self._storage = storage
         self._settings = settings
@@ -71,7 +74,11 @@ class Moves:
         self._prover = prover
         self._wake = wake
         self._on_end = on_end
+        self._line = line
         self._occupied = 0
+        self._next: tuple[Job, list[Job]] | None = None
+        """The job whose turn it is in this pass, and those that it passes."""
+        self._measured_s = -_MEASURE_EVERY_S
         self._settled: dict[str, int] = {}
         """Job id -> the attempt of which no process is left and whose whole journal is stored."""
         self._errands: dict[str, tuple[str, int, Errand[Any]]] = {}
@@ -95,6 +102,17 @@ class Moves:
                 del memory[job_id]
         self._warmed &= ids
         self._trainers.forget_others(ids)
+
+    def choose_next(self, jobs: list[Job], resting: Collection[str]) -> None:
+        """Decide whose turn it is. Jobs that are `resting` after a trouble are passed over in this pass."""
+        self._next = None
+        busy = [job for job in jobs if self._takes_place(job)]
+        waiting = [job for job in jobs if job.status == QUEUED and job not in busy and job.id not in resting]
+        waiting = [job for job in waiting if job.resources and mono_s() >= self._not_before_s.get(job.id, 0.0)]
+        if waiting and len(busy) < self._settings.max_running_jobs:
+            self._measure(busy)
+            with self._storage.read() as tx:
+                self._next = self._line.next_start(tx, waiting, busy)
 
     def move(self, job: Job) -> bool:
         """At most one step for `job`; whether there is reason to look again soon. Anything raised may be tried again."""
@@ -155,15 +173,52 @@ class Moves:
                 with self._storage.write() as tx:
                     tx.jobs.change(job, status=RUNNING)
                 return True
-            self._occupied -= 1
-        due = mono_s() >= self._not_before_s.get(job.id, 0.0)
-        if due and self._occupied < self._settings.max_running_jobs:
-            self._start(job)
+        elif not job.resources:
+            self._note_needs(job)
+        elif self._fails_for_size(job):
+            pass
+        elif self._next is not None and self._next[0].id == job.id:
+            self._start(job, self._next[1])
         return True
 
-    def _start(self, job: Job) -> None:
+    def _takes_place(self, job: Job) -> bool:
+        """Whether a trainer of the job is there, or its place is kept for the moment until it is started again."""
+        if job.status in (RUNNING, CANCELLING) or self._unsettled(job):
+            return True
+        left_s = self._not_before_s.get(job.id, 0.0) - mono_s()
+        return job.status == QUEUED and job.interrupted and 0 < left_s <= recovery.LONGEST_DELAY_S
+
+    def _note_needs(self, job: Job) -> None:
+        room = self._line.room()
+        try:
+            resources = self._preparation.needs(job, room.most_memory_bytes, room.gpus)
+        except TunewrightError as error:
+            self._fail_unless_temporary(job, error)
+            return
+        with self._storage.write() as tx:
+            tx.jobs.change(job, resources=resources)
+        self._wake()
+
+    def _fails_for_size(self, job: Job) -> bool:
+        """A job that can never have the memory it needs is told so at once, not left waiting."""
+        most = self._line.room().most_memory_bytes
+        if job.resources["memory_bytes"] <= most:
+            return False
+        text = mark("This job needs {need} GB of memory, and this machine has {most} GB for training.")
+        values = {"need": gigabytes(job.resources["memory_bytes"]), "most": gigabytes(most)}
+        self._fail(job, "not_enough_memory", text, None, values)
+        return True
+
+    def _measure(self, busy: list[Job]) -> None:
+        if mono_s() - self._measured_s >= _MEASURE_EVERY_S:
+            self._measured_s = mono_s()
+            self._line.measured_bytes = {job.id: self._trainers.memory_bytes(job) for job in busy}
+            self._line.engines_bytes = self._prover.memory_bytes()
+
+    def _start(self, job: Job, passed: list[Job]) -> None:
         try:
             spec = self._preparation.spec(msgspec.structs.replace(job, attempt=job.attempt + 1))
+            spec = self._line.within_limits(job, spec)
         except TunewrightError as error:
             self._fail_unless_temporary(job, error)
             return
@@ -174,7 +229,10 @@ class Moves:
                 attempt=job.attempt + 1,
                 journal_offset=0,
                 running_at=job.running_at or wall_s_after(job.created_at),
+                interrupted=False,
             )
+            for other in passed if started is not None else ():
+                tx.jobs.change(other, passes=other.passes + 1)
         if started is None:
             return
         self._occupied += 1
@@ -328,7 +386,7 @@ class Moves:
     def _requeue(self, job: Job, event: JobEvent | None, **changes: object) -> bool:
         """Back into the queue: `job` has no process any more and its journal is stored. False if it was changed."""
         with self._storage.write() as tx:
-            changed = tx.jobs.change(job, status=QUEUED, estimated_finish=None, **changes)
+            changed = tx.jobs.change(job, status=QUEUED, estimated_finish=None, interrupted=True, **changes)
             if changed is None:
                 return False
             if event is not None:

@@ -51,6 +51,10 @@ class Runner(Protocol):
         """Whether a process that is gone was most likely killed by the kernel for want of memory."""
         ...
 
+    def memory_bytes(self, pid: int) -> int:
+        """What the live processes of the group that `pid` led hold in memory."""
+        ...
+
     def terminate(self, pid: int) -> None:
         """SIGTERM to the process group; no error if it is gone."""
         ...
@@ -64,11 +68,29 @@ class Runner(Protocol):
         ...
 
 
+class Machine(Protocol):
+    """What there is for trainers and engines."""
+
+    def memory_bytes(self) -> int:
+        """Main memory in all, that of the container if it has less."""
+        ...
+
+    def cores(self) -> int:
+        """Processors that may be used."""
+        ...
+
+    def gpus(self) -> int: ...
+
+
 class Prover(Protocol):
     """Applies a fresh adapter where it will be served and measures its effect."""
 
     def warm(self, base: Base) -> None:
         """Begin to make ready whatever serves `base`; returns at once. Called while a job of that base runs."""
+        ...
+
+    def memory_bytes(self) -> int:
+        """What all engines hold in memory now."""
         ...
 
     def prove(self, base: Base, model: TunedModel) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """From a job's row to a work folder that a trainer can start in: data files, checked, and the spec."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
@@ -12,6 +12,7 @@ from tunewright.i18n import mark
 from tunewright.jobs import row_choice
 from tunewright.jobs.creation import Tolerance, check_number_of_bad_rows
 from tunewright.jobs.hyperparameters import resolve
+from tunewright.jobs.needs import needs
 from tunewright.jobs.records import Job
 from tunewright.jobs.recovery import MICRO_BATCH_HALVED
 from tunewright.jobs.spec import DataChoice, Hyperparameters, RowChoice, TrainingSpec
@@ -105,6 +106,10 @@ class Preparation:
             token_cache=str(self._home.token_cache) if self._settings.token_cache_bytes else None,
             token_cache_bytes=self._settings.token_cache_bytes,
         )
+
+    def needs(self, job: Job, most_bytes: int, gpus: int) -> dict[str, Any]:
+        """What its trainer takes (`needs.py`). Raises what `prepare` raises."""
+        return needs(job, self.base(job), self._files(job)["train"].rows or 0, most_bytes, gpus)
 
     def known_base(self, job: Job) -> Base | None:
         """The job's base, pulled or not; None if the catalogue has it no more."""

@@ -68,6 +68,7 @@ def _changes(job: Job, batch: Batch) -> dict[str, Any]:
         elif isinstance(record, Metrics):
             step = max(step, record.step)
             changes["total_steps"] = record.total_steps
+            changes["elapsed_s"] = max(job.elapsed_s, events.finite(record.elapsed_s) or 0.0)
             remaining_s = events.finite(record.remaining_s)
             if remaining_s is not None:
                 changes["estimated_finish"] = wall_s() + round(remaining_s)

@@ -104,6 +104,16 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     """What became of the dress rehearsal (`jobs/rehearsals.py`): `status` and what was measured. Empty before it is decided."""
     choices: dict[str, Any] = {}
     """What the newest trainer chose at its start and why: dtype, threads ..."""
+    priority: str = "normal"
+    """low, normal or high: its place among the waiting jobs of its project (`scheduling.py`)."""
+    interrupted: bool = False
+    """In the queue because its trainer ended without its owner's wish: it goes on before others start."""
+    passes: int = 0
+    """How many jobs behind it have started while memory was too small for it."""
+    elapsed_s: float = 0.0
+    """Seconds that it has trained."""
+    resources: dict[str, Any] = {}
+    """What its trainer takes (`needs.py`); empty before it is in the queue."""
     retry_of: str | None = None
     """The job that this one repeats with the same settings, or with those that its failure suggested."""
     cloned_from: str | None = None

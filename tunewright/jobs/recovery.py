@@ -13,7 +13,8 @@ PREEMPTED_TEXT = mark(
 PREEMPTED_DELAY_S = 1.0
 ROOM_DELAY_S = 60.0
 """How long a job waits before it looks again whether the disk has room."""
-_LONGEST_DELAY_S = 10.0
+LONGEST_DELAY_S = 10.0
+"""Between the end of a trainer and the start of the next one of its job, which keeps its place meanwhile."""
 
 
 class Verdict(NamedTuple):
@@ -62,4 +63,4 @@ def judge(
 
 
 def _delay_s(failures: int) -> float:
-    return min(_LONGEST_DELAY_S, 0.1 * 2**failures)
+    return min(LONGEST_DELAY_S, 0.1 * 2**failures)

@@ -15,6 +15,7 @@ from tunewright.ids import new_id
 from tunewright.jobs import copies, creation, events
 from tunewright.jobs.creation import CreateJob
 from tunewright.jobs.hyperparameters import parse
+from tunewright.jobs.line import Line, QueuePlace
 from tunewright.jobs.ports import OnEnd, nothing_at_end
 from tunewright.jobs.records import (
     CANCELLED,
@@ -57,12 +58,14 @@ class JobService:
         models: "ModelService",
         home: HomeFolder,
         settings: Settings,
+        line: Line,
     ) -> None:
         self._storage = storage
         self._catalogue = catalogue
         self._models = models
         self._home = home
         self._settings = settings
+        self._line = line
         self.on_change: Callable[[], None] = lambda: None
         self.on_end: OnEnd = nothing_at_end
 
@@ -139,13 +142,31 @@ class JobService:
             return _known(tx, project_id, job_id)
 
     def update(self, project_id: str, job_id: str, changes: Mapping[str, Any]) -> Job:
-        """Change `metadata`, the only field so far. Raises NotFound, InvalidRequest(`invalid_value`)."""
-        metadata = creation.check_metadata(changes["metadata"]) if "metadata" in changes else None
+        """Change `metadata`, or `priority` of a job that has not started. A change of priority is an event of the job.
+
+        Raises NotFound, InvalidRequest(`invalid_value`), Conflict(`invalid_state`).
+        """
+        checks = {"metadata": creation.check_metadata, "priority": creation.check_priority}
+        wanted = {name: checks[name](value) for name, value in changes.items()}
         with self._storage.write() as tx:
             job = _known(tx, project_id, job_id)
-            if "metadata" in changes:
-                job = _change(tx, job, metadata=metadata)
+            priority = wanted.get("priority", job.priority)
+            if priority != job.priority:
+                if job.status not in _WAITING:
+                    _refuse(job, "prioritise")
+                text = mark("The priority was changed from {earlier} to {priority}")
+                tx.jobs.add_events(
+                    [events.message(job, "priority_changed", text, earlier=job.priority, priority=priority)]
+                )
+            if wanted:
+                job = _change(tx, job, **wanted)
+        self.on_change()
         return job
+
+    def places(self) -> dict[str, QueuePlace]:
+        """Where every queued job stands, by its id."""
+        with self._storage.read() as tx:
+            return self._line.places(tx)
 
     def cancel(self, project_id: str, job_id: str) -> Job:
         """`cancelled` at once where no trainer can be, else `cancelling`; the control loop ends the trainer.
@@ -303,6 +324,7 @@ class JobService:
         suffix = creation.check_suffix(request.suffix)
         seed = creation.check_seed(request.seed)
         metadata = creation.check_metadata(request.metadata)
+        priority = creation.check_priority(request.priority)
         if tx.jobs.count(project_id, _WAITING) >= self._settings.max_queued_jobs:
             raise RateLimited(
                 "too_many_jobs",
@@ -328,6 +350,7 @@ class JobService:
             suffix=suffix,
             seed=seed,
             metadata=metadata,
+            priority=priority,
             request_id=request_id,
             tolerance=msgspec.to_builtins(tolerance),
             validation_split=validation_split,
@@ -357,7 +380,7 @@ class JobService:
                 return job
             if job.status not in sources:
                 _refuse(job, verb)
-            changed = _change(tx, job, status=target)
+            changed = _change(tx, job, status=target, interrupted=False)
             tx.jobs.add_events([events.message(changed, target, text)])
         self.on_change()
         return changed

@@ -116,6 +116,11 @@ class Trainers:
             self._runner.kill(watch.pid)
         return False
 
+    def memory_bytes(self, job: Job) -> int:
+        """What the trainer and its children hold in memory now; 0 if there is none."""
+        watch = self._watch(job)
+        return 0 if watch.pid is None else self._runner.memory_bytes(watch.pid)
+
     def forget_others(self, job_ids: set[str]) -> None:
         """Keep what is known of these jobs only."""
         self._watches = {job_id: watch for job_id, watch in self._watches.items() if job_id in job_ids}

@@ -13,6 +13,7 @@ from tunewright.settings import worker_environment
 
 _PROC = Path("/proc")
 _CHILDREN_REMEMBERED = 64
+_PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 
 class _Stat(NamedTuple):
@@ -78,6 +79,9 @@ class LocalRunner:
             return False
         return _memory_kills() > self._memory_kills_before.get(pid, self._memory_kills_at_start)
 
+    def memory_bytes(self, pid: int) -> int:
+        return sum(_resident_bytes(stat.pid) for stat in _members(pid))
+
     def terminate(self, pid: int) -> None:
         _signal_group(pid, signal.SIGTERM)
 
@@ -138,6 +142,13 @@ def _stat(pid: int) -> _Stat | None:
         session=int(fields[3]),
         start_ticks=int(fields[19]),
     )
+
+
+def _resident_bytes(pid: int) -> int:
+    try:
+        return int((_PROC / str(pid) / "statm").read_text().split()[1]) * _PAGE_BYTES
+    except (OSError, IndexError):  # gone, or a zombie
+        return 0
 
 
 def _arguments(pid: int) -> list[str]:

@@ -74,6 +74,12 @@ class Jobs:
         statement = sa.select(jobs).where(_UNFINISHED).order_by(jobs.c.created_at, jobs.c.id)
         return every(self._connection, statement, Job)
 
+    def ended_since(self, since: int, limit: int) -> builtins.list[Job]:
+        """Those that trained and ended after `since`, deleted ones too, newest end first. Of all projects: for the order of
+        the queue and its forecast only."""
+        statement = sa.select(jobs).where(jobs.c.finished_at > since, jobs.c.elapsed_s > 0)
+        return every(self._connection, statement.order_by(jobs.c.finished_at.desc()).limit(limit), Job)
+
     def deleted(self, job_ids: builtins.list[str]) -> builtins.list[str]:
         """Those of the given ids that were deleted. Of all projects: for the sweep at start only."""
         found: builtins.list[str] = []

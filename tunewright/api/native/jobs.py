@@ -1,7 +1,7 @@
 """Jobs with all that the product knows of them, their copies, and their events as they happen."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Mapping
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -17,7 +17,7 @@ from tunewright.api.body import check_json_type, router_at
 from tunewright.api.errors import invalid
 from tunewright.api.fine_tuning import MOST_JOBS, CreateBody, JobRoutes, changed_fields, create_job
 from tunewright.api.idempotency import IdempotencyOf
-from tunewright.api.lists import After, Limit, MetadataFilter, clamped, page
+from tunewright.api.lists import After, Limit, MetadataFilter, clamped
 from tunewright.api.openai.fine_tuning import STATUS_WORDS, name_shown
 from tunewright.api.refusals import NOT_ON_CREATE, refuse, refuse_others
 from tunewright.api.renderings import event_object, job_object
@@ -25,7 +25,9 @@ from tunewright.api.services import JobsOf, PlatformOf
 from tunewright.api.streaming import EventStream
 from tunewright.errors import InvalidRequest, quote
 from tunewright.i18n import mark
+from tunewright.jobs.line import QueuePlace
 from tunewright.jobs.records import MOVES, TERMINAL, Job, JobEvent
+from tunewright.jobs.scheduling import PRIORITIES
 
 PREFIX = "/api/v1"
 BATCH = 500
@@ -67,6 +69,7 @@ class ChangesBody(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     metadata: Annotated[Any, WithJsonSchema({"type": "object", "additionalProperties": {"type": "string"}})] = None
+    priority: Annotated[Any, WithJsonSchema({"enum": [*PRIORITIES, None]})] = None
 
     @model_validator(mode="before")
     @classmethod
@@ -107,13 +110,15 @@ class NativeJobRoutes(JobRoutes):
         router.add_api_route(jobs + "/{job_id}/clone", self.clone, methods=["POST"])
         return router
 
-    def shown(self, request: Request, job: Job) -> dict[str, Any]:
+    def shown(self, request: Request, job: Job, places: Mapping[str, QueuePlace]) -> dict[str, Any]:
         """Everything that is known of the job; `fine_tuned_model` is there from the start."""
-        return super().shown(request, job) | {
+        return super().shown(request, job, places) | {
             "object": "job",
             "base": job.base_code,
             "resolved": job.hyperparameters or None,
             "choices": job.choices or None,
+            "resources": job.resources or None,
+            "elapsed_s": job.elapsed_s,
             "attempt": job.attempt,
             "failures": job.failures,
         }
@@ -123,7 +128,7 @@ class NativeJobRoutes(JobRoutes):
     ) -> Json:
         """Create a job, or find the one that the same request made before."""
         job = jobs.create(caller.project_id, create_job(body), idempotency)
-        return Json(self.shown(request, job), status_code=201)
+        return Json(self.one(request, jobs, job), status_code=201)
 
     def list_jobs(
         self,
@@ -145,12 +150,12 @@ class NativeJobRoutes(JobRoutes):
             status=status,
             model=model,
         )
-        return Json(page(found, more, lambda job: self.shown(request, job)))
+        return Json(self.many(request, jobs, found, more))
 
     def update(self, request: Request, job_id: str, body: ChangesBody, caller: CallerOf, jobs: JobsOf) -> Json:
         """Change what the body names."""
         changes = {name: getattr(body, name) for name in body.model_fields_set}
-        return Json(self.shown(request, jobs.update(caller.project_id, job_id, changes)))
+        return Json(self.one(request, jobs, jobs.update(caller.project_id, job_id, changes)))
 
     def retry(
         self,
@@ -169,7 +174,7 @@ class NativeJobRoutes(JobRoutes):
             request_id=fields.get("request_id"),
             idempotency=idempotency,
         )
-        return Json(self.shown(request, job), status_code=201)
+        return Json(self.one(request, jobs, job), status_code=201)
 
     def clone(
         self,
@@ -182,7 +187,7 @@ class NativeJobRoutes(JobRoutes):
     ) -> Json:
         """A new job with the settings of another one, but for what the body names."""
         job = jobs.clone(caller.project_id, job_id, changed_fields(body), idempotency)
-        return Json(self.shown(request, job), status_code=201)
+        return Json(self.one(request, jobs, job), status_code=201)
 
 
 router.routes.extend(NativeJobRoutes().jobs_router(PREFIX, "/jobs").routes)

@@ -1,0 +1,214 @@
+"""The queue as the database and the machine have it now: facts for `scheduling.py`, and what it makes of them for one job."""
+
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from tunewright.clock import wall_s
+from tunewright.i18n import mark
+from tunewright.jobs import scheduling
+from tunewright.jobs.ports import Machine
+from tunewright.jobs.records import CANCELLING, QUEUED, RUNNING, SUCCEEDED, Job
+from tunewright.jobs.scheduling import Room, Running, Waiting
+from tunewright.jobs.spec import TrainingSpec
+from tunewright.settings import Settings
+
+if TYPE_CHECKING:
+    from tunewright.storage import Transaction
+
+_REMEMBERED_S = 7 * 24 * 3600
+"""How far back use counts and lengths are learned from; use has faded to less than a hundredth by then."""
+_MOST_REMEMBERED = 500
+_MOST_LIKE = 20
+
+
+class QueuePlace(msgspec.Struct, frozen=True, kw_only=True):
+    """What a waiting job is told. `estimated_start` in Unix seconds, None where nobody can know.
+
+    `sources` say what the lengths of the jobs before it are known from: `progress` of running ones, `rehearsal`, `history`
+    of like jobs. `waits_for` is what keeps it now; its sentence is an English template for `values`.
+    """
+
+    position: int
+    estimated_start: int | None
+    sources: tuple[str, ...]
+    waits_for: str
+    message: str
+    values: dict[str, Any] = {}
+
+
+class Line:
+    """Shared by the control loop, which also fills in what it measures, and by whoever shows the queue."""
+
+    def __init__(self, settings: Settings, machine: Machine) -> None:
+        self._settings = settings
+        self._machine = machine
+        self.measured_bytes: dict[str, int] = {}
+        """Job id -> what its trainer holds now, where that is known."""
+        self.engines_bytes = 0
+        """What the engines hold now."""
+
+    def room(self) -> Room:
+        """What trainers may take in all."""
+        whole = self._settings.memory_bytes or self._machine.memory_bytes()
+        most = max(0, whole - self._settings.reserved_memory_bytes)
+        return Room(
+            places=self._settings.max_running_jobs,
+            memory_bytes=max(0, most - self.engines_bytes),
+            most_memory_bytes=most,
+            gpus=min(1, self._machine.gpus()),  # all trainers use the first that they see
+        )
+
+    def threads(self) -> int:
+        """Of one trainer: an equal share of the cores where several may run; 0 lets the only one measure what is best."""
+        if self._settings.trainer_threads or self._settings.max_running_jobs == 1:
+            return self._settings.trainer_threads
+        return max(1, self._machine.cores() // self._settings.max_running_jobs)
+
+    def within_limits(self, job: Job, spec: TrainingSpec) -> TrainingSpec:
+        """The spec with the job's share of processors and memory. A trainer that is the only one on a machine that the
+        operator has not divided looks itself at what is free."""
+        alone = self._settings.max_running_jobs == 1 and not self._settings.memory_bytes
+        limit = 0 if alone else job.resources.get("limit_bytes", 0)
+        return msgspec.structs.replace(spec, threads=self.threads(), memory_limit_bytes=limit)
+
+    def next_start(self, tx: "Transaction", waiting: list[Job], busy: list[Job]) -> tuple[Job, list[Job]] | None:
+        """The job that may start now, and those that it passes. `busy` take places."""
+        room = self.room()
+        if not waiting or len(busy) >= room.places:
+            return None
+        several = len({job.project_id for job in waiting}) > 1
+        use = _recent_use(self._past(tx), busy, waiting) if several else {}
+        found = scheduling.next_start(
+            [_waiting(job, None) for job in waiting], [self._running(job, None) for job in busy], use, room
+        )
+        if found is None:
+            return None
+        by_id = {job.id: job for job in waiting}
+        return by_id[found.job.id], [by_id[job.id] for job in found.passed]
+
+    def places(self, tx: "Transaction") -> dict[str, QueuePlace]:
+        """Where every queued job of all projects stands."""
+        jobs = tx.jobs.unfinished()
+        queued = [job for job in jobs if job.status == QUEUED]
+        if not queued:
+            return {}
+        past, room, now = self._past(tx), self.room(), wall_s()
+        busy = [job for job in jobs if job.status in (RUNNING, CANCELLING)]
+        lengths = {job.id: _length(job, past, now) for job in (*queued, *busy)}
+        waiting = [_waiting(job, lengths[job.id][0]) for job in queued]
+        running = [self._running(job, lengths[job.id][0]) for job in busy]
+        use = _recent_use(past, busy, queued)
+        sources = {source for job in busy if (source := lengths[job.id][1]) is not None}
+        found: dict[str, QueuePlace] = {}
+        by_id = {job.id: job for job in waiting}
+        may_start = scheduling.next_start(waiting, running, use, room)
+        for place in scheduling.forecast(waiting, running, use, room):
+            code, message, values = _waits_for(by_id[place.id], place.position, running, room, may_start)
+            known = place.starts_in_s is not None
+            found[place.id] = QueuePlace(
+                position=place.position,
+                estimated_start=now + round(place.starts_in_s) if place.starts_in_s is not None else None,
+                sources=tuple(sorted(sources)) if known and place.starts_in_s else (),
+                waits_for=code,
+                message=message,
+                values=values,
+            )
+            source = lengths[place.id][1]
+            sources |= set() if source is None else {source}
+        return found
+
+    def _running(self, job: Job, remaining_s: float | None) -> Running:
+        return Running(
+            project_id=job.project_id,
+            memory_bytes=max(job.resources.get("memory_bytes", 0), self.measured_bytes.get(job.id, 0)),
+            gpus=job.resources.get("gpus", 0),
+            remaining_s=remaining_s,
+        )
+
+    def _past(self, tx: "Transaction") -> list[Job]:
+        return tx.jobs.ended_since(wall_s() - _REMEMBERED_S, _MOST_REMEMBERED)
+
+
+def _waiting(job: Job, duration_s: float | None) -> Waiting:
+    return Waiting(
+        id=job.id,
+        project_id=job.project_id,
+        since=job.created_at - scheduling.HEAD_START_S[job.priority],
+        interrupted=job.interrupted,
+        memory_bytes=job.resources.get("memory_bytes", 0),
+        gpus=job.resources.get("gpus", 0),
+        passes=job.passes,
+        duration_s=duration_s,
+    )
+
+
+def _recent_use(past: list[Job], *unfinished: list[Job]) -> dict[str, float]:
+    now = wall_s()
+    ended = ((job.project_id, job.elapsed_s, now - (job.finished_at or now)) for job in past)
+    others = ((job.project_id, job.elapsed_s, 0.0) for jobs in unfinished for job in jobs)
+    return scheduling.recent_use((*ended, *others))
+
+
+def _length(job: Job, past: list[Job], now: int) -> tuple[float | None, str | None]:
+    """Seconds that the job has still to run, and what they are known from."""
+    if job.status == RUNNING and job.estimated_finish is not None:
+        return max(0.0, job.estimated_finish - now), "progress"
+    left = 1.0 - job.step / job.total_steps if job.total_steps else 1.0
+    if job.status == CANCELLING:
+        return 0.0, None
+    rehearsed = job.rehearsal.get("estimated_seconds")
+    if isinstance(rehearsed, dict):
+        return left * (rehearsed["least"] + rehearsed["most"]) / 2, "rehearsal"
+    passes_of_a_row = _row_passes(job)
+    speeds = _speeds(job, past)
+    if passes_of_a_row and speeds:
+        return left * passes_of_a_row * median(speeds), "history"
+    return None, None
+
+
+def _speeds(job: Job, past: list[Job]) -> list[float]:
+    """Seconds for one row once, of succeeded jobs like this one: of the project if there are any, else of all."""
+    kind = (job.base_code, job.method, job.training_type)
+    like = [
+        each for each in past if each.status == SUCCEEDED and (each.base_code, each.method, each.training_type) == kind
+    ]
+    own = [each for each in like if each.project_id == job.project_id]
+    return [each.elapsed_s / rows for each in (own or like)[:_MOST_LIKE] if (rows := _row_passes(each))]
+
+
+def _row_passes(job: Job) -> int:
+    rows = job.rows.get("used") or job.resources.get("rows", 0)
+    return rows * job.hyperparameters.get("n_epochs", 0)
+
+
+def _waits_for(
+    job: Waiting, position: int, running: list[Running], room: Room, may_start: scheduling.Start | None
+) -> tuple[str, str, dict[str, Any]]:
+    """Code, English template, values."""
+    if may_start is not None and may_start.job.id == job.id:
+        return "start", mark("It is about to start."), {}
+    if len(running) >= room.places:
+        text = mark("{running} jobs are running, and {most} may run at the same time.")
+        return "place", text, {"running": len(running), "most": room.places}
+    if not scheduling.fits(job, running, room):
+        held = sum(trainer.memory_bytes for trainer in running)
+        text = mark(
+            "It needs {need} GB of memory. Of {most} GB, {held} GB are held by running jobs, {engines} GB by models served."
+        )
+        values = {"need": job.memory_bytes, "held": held, "engines": room.most_memory_bytes - room.memory_bytes}
+        if job.memory_bytes <= room.memory_bytes - held:
+            return "gpu", mark("All GPUs are taken."), {}
+        return (
+            "memory",
+            text,
+            {name: gigabytes(size) for name, size in (values | {"most": room.most_memory_bytes}).items()},
+        )
+    text = mark("{ahead} jobs are ahead of it.")
+    return "turn", text, {"ahead": position - 1}
+
+
+def gigabytes(size_bytes: int) -> str:
+    """For sentences: one decimal."""
+    return f"{size_bytes / 1e9:.1f}"
