@@ -29,6 +29,10 @@ def message(**fields: Any) -> bytes:
     return chat(messages=[{"role": "user", **fields}])
 
 
+def json_schema(schema: Any) -> bytes:
+    return chat(response_format={"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}})
+
+
 def tool(**fields: Any) -> dict[str, Any]:
     return {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}, **fields}}
 
@@ -196,23 +200,17 @@ BODIES: list[tuple[str, str, bytes, int, str, str | None]] = [
     ("A35 name", CHAT, chat(logit_bias={"five": 1}), 400, "invalid_value", "logit_bias"),
     ("A35 list", CHAT, chat(logit_bias=[5]), 400, "invalid_value", "logit_bias"),
     ("A36 text", CHAT, chat(response_format="json"), 400, "invalid_value", "response_format"),
+    ("A36 schema", CHAT, json_schema(None), 400, "invalid_value", "response_format.json_schema.schema"),
+    ("A36 list", CHAT, json_schema([]), 400, "invalid_value", "response_format.json_schema.schema"),
     (
-        "A36 schema",
+        "A36 large",
         CHAT,
-        chat(response_format={"type": "json_schema", "json_schema": {"pattern": "(a+)+b", "$ref": "#"}}),
+        json_schema({"enum": ["x" * 2**16]}),
         400,
-        "response_format_not_supported",
-        "response_format.type",
+        "invalid_schema",
+        "response_format.json_schema.schema",
     ),
     ("A36 unknown", CHAT, chat(response_format={"type": "xml"}), 400, "invalid_value", "response_format.type"),
-    (
-        "A36 json",
-        CHAT,
-        chat(response_format={"type": "json_object"}),
-        400,
-        "response_format_not_supported",
-        "response_format.type",
-    ),
     ("A37 many", CHAT, chat(tools=[tool()] * 129), 400, "invalid_value", "tools"),
     ("A37 name", CHAT, chat(tools=[tool(name="a b")]), 400, "invalid_value", "tools[0].function.name"),
     ("A37 no name", CHAT, chat(tools=[tool(name=None)]), 400, "missing_required_parameter", "tools[0].function.name"),

@@ -1,11 +1,13 @@
 """The unmodified `openai` package against a real server."""
 
 import hashlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import openai
+import pydantic
 import pytest
 from openai import OpenAI
 
@@ -19,8 +21,6 @@ def client(live_server: LiveServer) -> Iterator[OpenAI]:
 
 
 def rows_file(n: int = 8) -> tuple[str, bytes]:
-    import json
-
     return "rows.jsonl", "".join(json.dumps(row) + "\n" for row in chat_rows(n)).encode()
 
 
@@ -232,6 +232,58 @@ def test_bias_and_penalties_reach_the_engine(client: OpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as refused:
         client.chat.completions.create(**asked, logit_bias={"999999999": 1})
     assert refused.value.code == "invalid_value" and refused.value.param == "logit_bias"
+
+
+class Verdict(pydantic.BaseModel):
+    """What a model that knows nothing is held to."""
+
+    model_config = pydantic.ConfigDict(extra="forbid")
+
+    colour: Literal["red", "green"]
+    sure: bool
+
+
+def test_answers_are_parsed_into_the_class_that_was_asked_for(client: OpenAI) -> None:
+    messages: Any = [{"role": "user", "content": "Where is it?"}]
+    parsed = client.chat.completions.parse(model="tiny", messages=messages, response_format=Verdict, max_tokens=60)
+    assert isinstance(parsed.choices[0].message.parsed, Verdict)
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.chat.completions.create(
+            model="tiny",
+            messages=messages,
+            response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": {"not": {}}}},
+        )
+    assert refused.value.code == "invalid_schema"
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "look"}}])
+def test_a_call_can_be_required(client: OpenAI, choice: Any) -> None:
+    parameters = {
+        "type": "object",
+        "properties": {"side": {"enum": ["left", "right"]}},
+        "required": ["side"],
+        "additionalProperties": False,
+    }
+    tools: Any = [{"type": "function", "function": {"name": "look", "parameters": parameters, "strict": True}}]
+    asked: Any = {
+        "model": "tiny",
+        "messages": [{"role": "user", "content": "Where is it?"}],
+        "tools": tools,
+        "tool_choice": choice,
+        "parallel_tool_calls": False,
+        "max_tokens": 100,
+        "seed": 1,
+    }
+    whole = client.chat.completions.create(**asked)
+    call = whole.choices[0].message.tool_calls
+    assert call is not None and whole.choices[0].finish_reason == "tool_calls"
+    function: Any = call[0].function  # type: ignore[union-attr]
+    assert function.name == "look"
+    assert json.loads(function.arguments)["side"] in ("left", "right")
+    with client.chat.completions.stream(**asked) as stream:
+        final = stream.get_final_completion()
+    streamed = final.choices[0].message.tool_calls
+    assert streamed is not None and streamed[0].function.arguments == function.arguments
 
 
 def test_max_tokens_and_stop_end_an_answer(client: OpenAI) -> None:

@@ -1,5 +1,6 @@
 """The engine in process: rows in company get what they get alone, and no request harms another."""
 
+import json
 import queue
 import random
 import threading
@@ -27,6 +28,7 @@ from tunewright.deployments.ports import (
     Unload,
 )
 from tunewright.engines.batch import Batch
+from tunewright.engines.constraints import Constraint, Constraints
 from tunewright.engines.decoder import Decoder
 from tunewright.engines.general import GeneralDecoder
 from tunewright.engines.kv_cache import SlotCache
@@ -35,6 +37,7 @@ from tunewright.engines.placement import Placement, choose_placement
 from tunewright.engines.rows import Ticket
 from tunewright.engines.torch import Engine
 from tunewright.errors import InvalidRequest, Unavailable
+from tunewright.rendering.answer_grammar import json_grammar
 from tunewright.rendering.renderer import Renderer
 
 CPU = choose_placement(cuda=False, cuda_bfloat16=False)
@@ -74,9 +77,11 @@ class Fragile:
 class Call:
     """One request and what came back."""
 
-    def __init__(self, engine: Engine, request: Generate | Prove | Unload) -> None:
+    def __init__(
+        self, engine: Engine, request: Generate | Prove | Unload, constraint: Constraint | None = None
+    ) -> None:
         self.replies: queue.SimpleQueue[EngineReply] = queue.SimpleQueue()
-        self.ticket: Ticket = engine.submit(request, self.replies.put)
+        self.ticket: Ticket = engine.submit(request, self.replies.put, constraint)
         self.text = ""
         self.scores: list[TokenScore] = []
 
@@ -104,13 +109,20 @@ class Factory:
         self._base, self._renderer = base, renderer
         self.engines: list[Engine] = []
 
-    def __call__(self, decoder: Decoder, placement: Placement = CPU, **spec: Any) -> Engine:
+    def __call__(
+        self, decoder: Decoder, placement: Placement = CPU, *, constrained: bool = False, **spec: Any
+    ) -> Engine:
+        renderer, folder = self._renderer, self._base
+        constraints = Constraints(
+            folder / "tokenizer.json", renderer.stop_ids, renderer.vocabulary_size, renderer.stream_decoder
+        )
         engine = Engine(
             decoder,
             self._renderer.stream_decoder,
             worker_spec(self._base, **spec),
             vocabulary=self._renderer.vocabulary_size,
             placement=placement,
+            constraints=constraints if constrained else None,
         )
         self.engines.append(engine)
         engine.start()
@@ -230,6 +242,71 @@ def test_log_probabilities_are_those_of_the_model(
             assert [token for token, _ in score.top] == tokens.tolist()
             assert np.allclose([value for _, value in score.top], values, atol=1e-4)
             ids.append(score.token_id)
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"kind": {"enum": ["red", "green"]}, "n": {"type": "integer", "minimum": 0, "maximum": 99}},
+    "required": ["kind", "n"],
+    "additionalProperties": False,
+}
+
+
+def test_answers_are_held_to_a_schema_beside_free_ones(
+    tiny_base: Path,
+    tiny_decoder: Decoder,
+    renderer: Renderer,
+    reference: Reference,
+    adapters: list[Path],
+    engine_of: Factory,
+) -> None:
+    """A model that knows nothing answers by the schema, at any temperature; its free neighbour says what it says alone."""
+    stops = renderer.stop_ids
+    engine = engine_of(tiny_decoder, slots=8, constrained=True)
+    free = Call(engine, generate_request(prompt_ids=[5, 6, 7], max_tokens=20, stop_ids=sorted(stops)))
+    calls = []
+    for seed in range(6):
+        request = generate_request(
+            prompt_ids=[5, 6, 7 + seed],
+            max_tokens=80,
+            temperature=float(seed),
+            seed=seed,
+            stop_ids=sorted(stops),
+            grammar=json_grammar(SCHEMA),
+            **request_values(adapters[0] if seed % 2 else None),
+        )
+        calls.append(Call(engine, request, engine.constraint(request)))
+    kinds = set()
+    for call in calls:
+        done = call.last()
+        assert isinstance(done, Done) and done.reason == "stop"
+        answer = json.loads(call.text)
+        assert set(answer) == {"kind", "n"} and answer["kind"] in ("red", "green") and 0 <= answer["n"] <= 99
+        kinds.add(answer["kind"])
+    assert kinds == {"red", "green"}
+    free.last()
+    assert free.text == expected(reference, renderer, None, [5, 6, 7], 20, stops)[0]
+
+
+def test_a_constraint_waits_for_the_end_of_the_reasoning(
+    tiny_decoder: Decoder, renderer: Renderer, engine_of: Factory
+) -> None:
+    engine = engine_of(tiny_decoder, constrained=True)
+    spoken = Call(engine, generate_request(prompt_ids=[5, 6, 7], max_tokens=30))
+    spoken.last()
+    after = next(word for word in spoken.text.split() if word.isascii() and len(word) > 2)
+    free = spoken.text[: spoken.text.index(after) + len(after)]
+    request = generate_request(
+        prompt_ids=[5, 6, 7],
+        max_tokens=60,
+        grammar=json_grammar({"enum": ["yes"]}),
+        grammar_after=after,
+        stop_ids=sorted(renderer.stop_ids),
+    )
+    call = Call(engine, request, engine.constraint(request))
+    assert isinstance(call.last(), Done)
+    assert call.text.startswith(free) and call.text.endswith('"yes"')
+    assert len(call.text) <= len(free) + len('"yes"') + 8  # the token that completed the word may say a little more
 
 
 def test_stop_strings_end_the_answer(

@@ -40,6 +40,7 @@ LONGEST_STOP = 256
 MOST_CHOICES = 8
 MOST_BIASED = 1024
 MOST_TOP_LOGPROBS = 20
+LARGEST_SCHEMA_BYTES = 65536
 _TOKEN_ID = re.compile(r"[0-9]{1,9}")
 _SEEDS = range(-(2**63), 2**63)
 
@@ -115,7 +116,6 @@ def chat_request(fields: ChatFields, sampling: Sampling, roles: dict[str, str], 
         raise invalid("model", mark("{field} is too long."))
     if fields.best_of not in (None, 1):
         raise unsupported("best_of")
-    check_response_format(fields.response_format)
     conversation = conversation_of(fields.messages, fields.tools, fields.model, roles)
     tool_choice, function = tool_choice_of(fields.tool_choice, conversation.tools)
     return ChatRequest(
@@ -126,6 +126,7 @@ def chat_request(fields: ChatFields, sampling: Sampling, roles: dict[str, str], 
         tool_choice=tool_choice,
         function=function,
         one_call=fields.parallel_tool_calls is False,
+        answer_schema=answer_schema(fields.response_format),
         request_id=request_id,
     )
 
@@ -175,22 +176,33 @@ def _top_logprobs(wanted: Any, top: Any) -> int | None:
     return top
 
 
-def check_response_format(value: Any) -> None:
-    """Null or plain text. Raises InvalidRequest (`response_format_not_supported`, `invalid_value`)."""
+def answer_schema(value: Any) -> dict[str, Any] | None:
+    """The JSON schema of `response_format`; None for null and plain text. Raises InvalidRequest."""
     if value is None:
-        return
+        return None
     if not isinstance(value, dict):
         raise invalid("response_format", mark("{field} must be an object, not {value}."), value=quote(value))
     kind = value.get("type")
     if kind == "text":
-        return
-    if kind in ("json_object", "json_schema"):
+        return None
+    if kind == "json_object":
+        return {"type": "object"}
+    if kind != "json_schema":
+        sentence = mark("{field} must be text, json_object or json_schema, not {value}.")
+        raise invalid("response_format.type", sentence, value=quote(kind))
+    described = value.get("json_schema")
+    schema = described.get("schema") if isinstance(described, dict) else None
+    place = "response_format.json_schema.schema"
+    if not isinstance(schema, dict):
+        raise invalid(place, mark("{field} must be an object, not {value}."), value=quote(schema))
+    if len(msgspec.json.encode(schema)) > LARGEST_SCHEMA_BYTES:
         raise InvalidRequest(
-            "response_format_not_supported",
-            mark("This server can't force answers into JSON; ask for it in the prompt, without response_format."),
-            param="response_format.type",
+            "invalid_schema",
+            mark("The schema is larger than {limit} bytes."),
+            param=place,
+            limit=LARGEST_SCHEMA_BYTES,
         )
-    raise invalid("response_format.type", mark("{field} must be text, not {value}."), value=quote(kind))
+    return schema
 
 
 def number(value: Any, param: str, default: float) -> float:

@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 
 from tunewright.accounts.records import Caller
+from tunewright.completions.answer_formats import answer_grammar, offers_tools
 from tunewright.completions.choices import answer_deltas, choice_of, side_by_side
 from tunewright.completions.vocabulary import ChatRequest, Completion, Delta, Finish, Usage
 from tunewright.deployments.pool import Pool
@@ -41,12 +42,12 @@ class CompletionService:
         iterator frees the engine's slots.
         """
         with self._places(caller, request.n):
-            base, tuned, renderer, prompt, opening = await asyncio.to_thread(self._prepare, caller, request)
-            tools = request.conversation.tools if _offers_tools(request) else ()
+            base, tuned, renderer, order, opening = await asyncio.to_thread(self._prepare, caller, request)
+            tools = request.conversation.tools if offers_tools(request) else ()
             answers = [
                 answer_deltas(
                     choice,
-                    self._replies(caller, request, base, tuned, self._order(base, request, renderer, prompt, choice)),
+                    self._replies(caller, request, base, tuned, _order_of(choice, order)),
                     renderer.answer_parser(tools),
                     renderer,
                     opening=opening,
@@ -59,7 +60,7 @@ class CompletionService:
                 async for delta in deltas:
                     if isinstance(delta, Finish) and delta.usage is not None:
                         left, completion_tokens = left - 1, completion_tokens + delta.usage.completion_tokens
-                        usage = Usage(prompt_tokens=len(prompt), completion_tokens=completion_tokens)
+                        usage = Usage(prompt_tokens=len(order.prompt_ids), completion_tokens=completion_tokens)
                         delta = msgspec.structs.replace(delta, usage=None if left else usage)
                     yield delta
 
@@ -89,10 +90,8 @@ class CompletionService:
             raise RuntimeError("the stream ended without a finish")
         return Completion(choices=tuple(map(choice_of, deltas)), usage=usage)
 
-    def _prepare(
-        self, caller: Caller, request: ChatRequest
-    ) -> tuple[Base, TunedModel | None, Renderer, list[int], str]:
-        """The prompt, and the text of an answer that it begins because a call is required."""
+    def _prepare(self, caller: Caller, request: ChatRequest) -> tuple[Base, TunedModel | None, Renderer, Generate, str]:
+        """What to ask of the engine, and the text of an answer that it begins because a call is required."""
         resolved = self._models.resolve(caller.project_id, request.model)
         base = resolved.base
         if not base.pool or (resolved.tuned is not None and resolved.tuned.kind == FULL):
@@ -115,7 +114,7 @@ class CompletionService:
                 model=request.model,
             )
         conversation = request.conversation
-        if not _offers_tools(request):
+        if not offers_tools(request):
             conversation = Conversation(messages=conversation.messages)
         # Rendering 20 MB takes half a minute of a processor: what can't fit is refused by its length.
         texts = sum(len(message.content or "") for message in conversation.messages)
@@ -126,12 +125,15 @@ class CompletionService:
         ids, opening = [], ""
         if conversation.tools and request.tool_choice == "required":
             ids, opening = renderer.call_opening(request.function)
-        return base, resolved.tuned, renderer, renderer.prompt(conversation) + ids, opening
+        order = self._order(base, request, renderer, renderer.prompt(conversation) + ids)
+        grammar = answer_grammar(request, renderer)
+        order = msgspec.structs.replace(order, grammar=grammar, grammar_begun=ids)
+        return base, resolved.tuned, renderer, order, opening
 
     def _context(self, base: Base) -> int:
         return min(base.context_tokens, self._settings.engine_context_tokens)
 
-    def _order(self, base: Base, request: ChatRequest, renderer: Renderer, prompt: list[int], choice: int) -> Generate:
+    def _order(self, base: Base, request: ChatRequest, renderer: Renderer, prompt: list[int]) -> Generate:
         sampling = request.sampling
         unknown = [token for token in sampling.logit_bias if token >= renderer.vocabulary_size]
         if unknown:
@@ -155,15 +157,16 @@ class CompletionService:
             )
         return Generate(
             secret="",
-            request_id=new_id("gen"),
+            request_id="",
             prompt_ids=prompt,
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             top_k=sampling.top_k,
-            seed=None if sampling.seed is None else (sampling.seed + choice) % 2**63,
+            seed=sampling.seed,
             max_tokens=min(sampling.max_tokens or self._settings.max_completion_tokens, context - len(prompt)),
             stop=list(sampling.stop),
             stop_ids=sorted(renderer.stop_ids),
+            grammar_after="</think>" if renderer.opens_reasoning else "",
             presence_penalty=sampling.presence_penalty,
             frequency_penalty=sampling.frequency_penalty,
             logit_bias=sampling.logit_bias,
@@ -196,5 +199,6 @@ def _size_of(tools: Sequence[Any]) -> int:
     return len(msgspec.json.encode(tools)) // 8
 
 
-def _offers_tools(request: ChatRequest) -> bool:
-    return bool(request.conversation.tools) and request.tool_choice != "none"
+def _order_of(choice: int, order: Generate) -> Generate:
+    seed = None if order.seed is None else (order.seed + choice) % 2**63
+    return msgspec.structs.replace(order, request_id=new_id("gen"), seed=seed)

@@ -47,6 +47,8 @@ class ChatRequest(msgspec.Struct, frozen=True, kw_only=True):
     tool_choice: str = "auto"
     function: str | None = None
     one_call: bool = False
+    answer_schema: dict[str, Any] | None = None
+    """The JSON schema that the answer has to satisfy; None leaves it free."""
     request_id: str | None = None
 
 

@@ -60,6 +60,11 @@ class Generate(msgspec.Struct, frozen=True, kw_only=True, tag="generate"):
     logit_bias: dict[int, float] = {}
     top_logprobs: int | None = None
     """How many of the likeliest tokens are told at each place; None tells no probabilities at all."""
+    grammar: str | None = None
+    """What the answer must be, in llguidance's words, once it has said `grammar_after`; None leaves it free."""
+    grammar_after: str = ""
+    grammar_begun: list[int] = []
+    """The last tokens of the prompt that are the beginning of the answer already."""
 
 
 class Prove(msgspec.Struct, frozen=True, kw_only=True, tag="prove"):

@@ -9,9 +9,12 @@ import msgspec
 from tunewright.clock import mono_s
 from tunewright.deployments.ports import (
     EngineReply,
+    Generate,
     Health,
+    Prove,
     TokenText,
     Trouble,
+    Unload,
     decode_request,
     encode_line,
 )
@@ -91,7 +94,9 @@ class Connections:
             return await _send(writer, self._engine.state())
         replies = _Replies(asyncio.get_running_loop())
         try:
-            ticket = self._engine.submit(request, replies.put)
+            # A thread of its own: a grammar takes a moment, and other requests go on meanwhile.
+            constraint = await asyncio.to_thread(self._engine.constraint, request) if _has_grammar(request) else None
+            ticket = self._engine.submit(request, replies.put, constraint)
         except TunewrightError as error:
             return await _send(writer, trouble_of(error))
         # The client says nothing more, so the next thing to read is its leaving.
@@ -148,6 +153,10 @@ class _Replies:
             self._news.clear()
             await self._news.wait()
         return None
+
+
+def _has_grammar(request: Generate | Prove | Unload) -> bool:
+    return isinstance(request, Generate) and request.grammar is not None
 
 
 async def _send(writer: asyncio.StreamWriter, reply: EngineReply | Trouble) -> None:

@@ -11,7 +11,7 @@ from tunewright.engines.adapter_shelf import Key
 from tunewright.engines.answer_text import AnswerText
 from tunewright.engines.batch import Part
 from tunewright.engines.kv_cache import SlotCache
-from tunewright.engines.sampling import Sampler
+from tunewright.engines.sampling import Constraint, Sampler
 from tunewright.errors import TunewrightError
 
 
@@ -23,6 +23,7 @@ class Ticket:
     deliver: Callable[[EngineReply], None]
     number: int
     key: Key | None
+    constraint: Constraint | None = None
     cancelled: bool = False
     answered: bool = False
     closed: bool = False

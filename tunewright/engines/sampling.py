@@ -2,10 +2,23 @@
 
 from collections import Counter
 from collections.abc import Mapping
+from typing import Protocol
 
 import numpy as np
 
 _FIRST_LOOK = 256
+
+
+class Constraint(Protocol):
+    """Which tokens may come next. Used by one thread, a `take` after each `forbid`."""
+
+    def forbid(self, logits_V: np.ndarray) -> None:
+        """Set the logits of tokens that can't come next to minus infinity. Raises TunewrightError if that can't be told."""
+        ...
+
+    def take(self, token: int) -> None:
+        """Note the token that was chosen."""
+        ...
 
 
 class Sampler:
@@ -25,6 +38,7 @@ class Sampler:
         presence_penalty: float = 0.0,
         frequency_penalty: float = 0.0,
         logit_bias: Mapping[int, float] | None = None,
+        constraint: Constraint | None = None,
     ) -> None:
         self._greedy = temperature < 1e-4  # below this, rounding decides anyway
         self._temperature = temperature
@@ -36,20 +50,23 @@ class Sampler:
         bias = dict(logit_bias or {})
         self._biased = np.fromiter(bias.keys(), np.int64, len(bias))
         self._bias = np.fromiter(bias.values(), np.float32, len(bias))
-        self.takes_likeliest = self._greedy and not (bias or presence_penalty or frequency_penalty)
+        self._constraint = constraint
+        self.takes_likeliest = self._greedy and not (bias or presence_penalty or frequency_penalty or constraint)
         """Whether the next token is just the one with the largest logit, whatever came before."""
 
     def choose(self, logits_V: np.ndarray) -> int:
-        """The id of the next token from finite float32 logits, which stay as they are."""
+        """The id of the next token from finite float32 logits, which stay as they are. Raises what the constraint raises."""
         token = self._drawn(self._shaped(logits_V))
         if self._presence or self._frequency:
             self._counts[token] += 1
+        if self._constraint is not None:
+            self._constraint.take(token)
         return token
 
     def _shaped(self, logits_V: np.ndarray) -> np.ndarray:
         """Bias added; taken from each token of the answer so far: the presence penalty once, the frequency penalty as often as
         it occurs. The prompt does not count."""
-        if not (len(self._biased) or self._counts):
+        if not (len(self._biased) or self._counts or self._constraint):
             return logits_V
         shaped_V = logits_V.copy()
         shaped_V[self._biased] += self._bias
@@ -57,6 +74,8 @@ class Sampler:
             ids = np.fromiter(self._counts.keys(), np.int64, len(self._counts))
             counts = np.fromiter(self._counts.values(), np.float32, len(self._counts))
             shaped_V[ids] -= np.float32(self._presence) + np.float32(self._frequency) * counts
+        if self._constraint is not None:
+            self._constraint.forbid(shaped_V)
         return shaped_V
 
     def _drawn(self, logits_V: np.ndarray) -> int:

@@ -14,11 +14,21 @@ from pathlib import Path
 
 import torch
 
-from tunewright.deployments.ports import EngineReply, Generate, Prove, State, TokenScore, Unload, WorkerSpec
+from tunewright.deployments.ports import (
+    EngineReply,
+    EngineRequest,
+    Generate,
+    Prove,
+    State,
+    TokenScore,
+    Unload,
+    WorkerSpec,
+)
 from tunewright.engines.adapter_files import Adapter, adapter_invalid, read_adapter
 from tunewright.engines.adapter_shelf import AdapterShelf, Key, Want
 from tunewright.engines.answer_text import AnswerText, StreamDecoder
 from tunewright.engines.batch import Part, make_batch
+from tunewright.engines.constraints import Constraint, Constraints
 from tunewright.engines.decoder import Decoder
 from tunewright.engines.kv_cache import SlotCache
 from tunewright.engines.placement import Placement
@@ -42,8 +52,10 @@ class Engine:
         *,
         vocabulary: int,
         placement: Placement,
+        constraints: Constraints | None = None,
     ) -> None:
         self._decoder = decoder
+        self._constraints = constraints
         self._stream_decoder = stream_decoder
         self._vocabulary = vocabulary
         self._worker_id, self._base_code = spec.worker_id, spec.base_code
@@ -77,7 +89,19 @@ class Engine:
         self._thread.join()
         self._loader.shutdown(cancel_futures=True)
 
-    def submit(self, request: Generate | Prove | Unload, deliver: Callable[[EngineReply], None]) -> Ticket:
+    def constraint(self, request: EngineRequest) -> Constraint | None:
+        """What `submit` needs of a request with a grammar. Slow: not for a thread that others wait for.
+        Raises InvalidRequest(`invalid_schema`)."""
+        if self._constraints is None or not isinstance(request, Generate) or request.grammar is None:
+            return None
+        return self._constraints.begin(request.grammar, request.grammar_after, request.grammar_begun)
+
+    def submit(
+        self,
+        request: Generate | Prove | Unload,
+        deliver: Callable[[EngineReply], None],
+        constraint: Constraint | None = None,
+    ) -> Ticket:
         """Queue a request; replies come through `deliver` on the engine's thread.
 
         Raises InvalidRequest for what can never be served and Unavailable when the queue is full.
@@ -89,7 +113,7 @@ class Engine:
                     "engine_overloaded", mark("The engine has too many requests waiting; try again soon.")
                 )
             self._numbers += 1
-            ticket = Ticket(request, deliver, self._numbers, key)
+            ticket = Ticket(request, deliver, self._numbers, key, constraint)
             self._waiting.append(ticket)
             self._notify()
         return ticket
@@ -275,6 +299,7 @@ class Engine:
             presence_penalty=request.presence_penalty,
             frequency_penalty=request.frequency_penalty,
             logit_bias=request.logit_bias,
+            constraint=ticket.constraint,
         )
         text = AnswerText(self._stream_decoder(), request.stop)
         return Row(ticket, request, adapter, sampler, text, frozenset(request.stop_ids))
@@ -323,15 +348,19 @@ class Engine:
         batch = make_batch([part for _, part in chosen], self._decoder.device)
         logits_WV = self._decoder.logits(batch, self._cache)[:, : self._vocabulary]
         best_W, ids_W = (tensor.tolist() for tensor in logits_WV.max(dim=-1)) if batch.wanted_order else ([], [])
-        tokens: dict[int, tuple[int, TokenScore | None] | None] = {}
+        tokens: dict[int, tuple[int, TokenScore | None] | TunewrightError] = {}
         for place, index in enumerate(batch.wanted_order):
             row = chosen[index][0]
             if not math.isfinite(best_W[place]):
-                tokens[index] = None
+                tokens[index] = _not_finite()
                 continue
             token = ids_W[place]
-            if not row.sampler.takes_likeliest:
-                token = row.sampler.choose(logits_WV[place].cpu().numpy())
+            try:
+                if not row.sampler.takes_likeliest:
+                    token = row.sampler.choose(logits_WV[place].cpu().numpy())
+            except TunewrightError as error:  # no reason to run its neighbours again: their samplers have moved on
+                tokens[index] = error
+                continue
             n_top = row.request.top_logprobs
             tokens[index] = token, None if n_top is None else score_of(logits_WV[place], token, n_top)
         for row, part in chosen:
@@ -339,11 +368,9 @@ class Engine:
         for index, token in tokens.items():
             self._take_token(chosen[index][0], token)
 
-    def _take_token(self, row: Row, token: tuple[int, TokenScore | None] | None) -> None:
-        if token is None:
-            row.ticket.fail(
-                TunewrightError("not_finite", mark("The model's numbers ran out of range; this request was stopped."))
-            )
+    def _take_token(self, row: Row, token: tuple[int, TokenScore | None] | TunewrightError) -> None:
+        if isinstance(token, TunewrightError):
+            row.ticket.fail(token)
             return self._end(row, poisoned=True)
         try:
             row.accept(*token)
@@ -386,6 +413,10 @@ def score_of(logits_V: torch.Tensor, token: int, n_top: int) -> TokenScore:
     logprobs_V = logits_V.double().log_softmax(-1)
     values, ids = logprobs_V.topk(min(n_top, len(logprobs_V)))
     return TokenScore(token, logprobs_V[token].item(), list(zip(ids.tolist(), values.tolist(), strict=True)))
+
+
+def _not_finite() -> TunewrightError:
+    return TunewrightError("not_finite", mark("The model's numbers ran out of range; this request was stopped."))
 
 
 def _engine_error() -> TunewrightError:

@@ -82,6 +82,7 @@ def _build_engine(spec: WorkerSpec) -> "Engine":
     with ThreadPoolExecutor(2) as side_by_side:  # both go on while the libraries are imported, which takes seconds
         verified = side_by_side.submit(verify_files, folder, spec.base_files)
         rendering = side_by_side.submit(Renderer, folder)
+        from tunewright.engines.constraints import Constraints
         from tunewright.engines.loading import load_decoder
         from tunewright.engines.placement import detect_placement, use_threads
         from tunewright.engines.torch import Engine
@@ -95,7 +96,16 @@ def _build_engine(spec: WorkerSpec) -> "Engine":
             )
         placement = detect_placement()
         decoder = load_decoder(folder, placement, spec.context_tokens)
-    return Engine(decoder, renderer.stream_decoder, spec, vocabulary=renderer.vocabulary_size, placement=placement)
+    decoder_of = renderer.stream_decoder
+    constraints = Constraints(folder / "tokenizer.json", renderer.stop_ids, renderer.vocabulary_size, decoder_of)
+    return Engine(
+        decoder,
+        decoder_of,
+        spec,
+        vocabulary=renderer.vocabulary_size,
+        placement=placement,
+        constraints=constraints,
+    )
 
 
 def _own_start_ticks() -> int:

@@ -39,6 +39,14 @@ class CallStyle(msgspec.Struct, frozen=True, kw_only=True):
     several: bool = True
     beside_text: bool = True
 
+    @property
+    def in_json(self) -> bool:
+        """Whether a call is an object in tags, as in our own format."""
+        return self.lead == OURS
+
+
+OURS = '<tool_call>\n{"name": "'
+
 
 class Writer(Protocol):
     """What is asked of a renderer."""

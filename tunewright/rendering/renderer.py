@@ -121,6 +121,11 @@ class Renderer:
         start = len(self.prompt(msgspec.structs.replace(conversation, messages=conversation.messages[:-1])))
         return [i for i, trained in zip(example.tokens[start:], example.trained[start:], strict=True) if trained]
 
+    @property
+    def calls_in_json(self) -> bool:
+        """Whether calls are JSON objects in tags, so that an answer can be held to them."""
+        return self._calls.in_json
+
     def call_opening(self, function: str | None) -> tuple[list[int], str]:
         """What to put behind a prompt so that the answer is a call of `function`, or of any for None: ids and their text."""
         ids, rest = opening_ids(self, self._calls, function)
