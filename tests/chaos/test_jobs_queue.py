@@ -187,15 +187,21 @@ def test_nobody_passes_a_job_that_was_passed_often_enough(bench: Bench) -> None:
 
 
 def test_engines_and_greedy_trainers_count(bench: Bench) -> None:
-    bench.prover.held_bytes = 8 * GB
+    bench.prover.held_bytes = 7 * GB
+    first = queued(bench, GB, holds=[1])
     waits = queued(bench, 3 * GB, steps=2)
+    bench.until_step(first.id, 1)
     for _ in range(5):
         bench.controller.run_once()
     place = bench.jobs.places()[waits.id]
-    assert (place.waits_for, place.values["engines"], place.estimated_start) == ("memory", "8.0", None)
+    assert (place.waits_for, place.values["engines"]) == ("memory", "7.0")
     assert bench.job(waits.id).attempt == 0
+    bench.prover.held_bytes = 8 * GB
+    (bench.home.jobs / first.id / "go").touch()
+    bench.until(lambda: bench.job(waits.id).status == SUCCEEDED, 40.0)
+    assert bench.job(first.id).status == SUCCEEDED, "alone it starts, and plans with what the engines leave"
+    assert json.loads((bench.home.jobs / waits.id / "spec.json").read_bytes())["memory_limit_bytes"] == 2 * GB
     bench.prover.held_bytes = 0
-    bench.until(lambda: bench.job(waits.id).status == SUCCEEDED)
     greedy = queued(bench, 1, holds=[1])  # it says so and takes more
     bench.until_step(greedy.id, 1)
     bench.machine.bytes = 2**20

@@ -74,6 +74,9 @@ def test_places_and_memory_are_limits() -> None:
     assert next_start(waiting, [Running(project_id="b", memory_bytes=41)], {}, two) is None
     start = next_start(waiting, [Running(project_id="b", memory_bytes=40)], {}, two)
     assert start is not None and start.job.id == "a1" and start.passed == ()
+    served = msgspec.structs.replace(two, memory_bytes=10)
+    assert next_start(waiting, [Running(project_id="b")], {}, served) is None
+    assert next_start(waiting, [], {}, served) is not None, "engines alone keep nobody out for ever"
     gpu = [job("a1", gpus=1)]
     assert next_start(gpu, [], {}, two) is None
     assert next_start(gpu, [], {}, msgspec.structs.replace(two, gpus=1)) is not None

@@ -21,6 +21,8 @@ _REMEMBERED_S = 7 * 24 * 3600
 """How far back use counts and lengths are learned from; use has faded to less than a hundredth by then."""
 _MOST_REMEMBERED = 500
 _MOST_LIKE = 20
+_ENOUGH_SHARE = 0.1
+"""Of a job's steps: before that its speed says little."""
 
 
 class QueuePlace(msgspec.Struct, frozen=True, kw_only=True):
@@ -70,7 +72,7 @@ class Line:
         """The spec with the job's share of processors and memory. A trainer that is the only one on a machine that the
         operator has not divided looks itself at what is free."""
         alone = self._settings.max_running_jobs == 1 and not self._settings.memory_bytes
-        limit = 0 if alone else job.resources.get("limit_bytes", 0)
+        limit = 0 if alone else min(job.resources.get("limit_bytes", 0), self.room().memory_bytes)
         return msgspec.structs.replace(spec, threads=self.threads(), memory_limit_bytes=limit)
 
     def next_start(self, tx: "Transaction", waiting: list[Job], busy: list[Job]) -> tuple[Job, list[Job]] | None:
@@ -96,7 +98,8 @@ class Line:
             return {}
         past, room, now = self._past(tx), self.room(), wall_s()
         busy = [job for job in jobs if job.status in (RUNNING, CANCELLING)]
-        lengths = {job.id: _length(job, past, now) for job in (*queued, *busy)}
+        known = past + [job for job in busy if job.status == RUNNING and job.elapsed_s > 0]
+        lengths = {job.id: _length(job, known, now) for job in (*queued, *busy)}
         waiting = [_waiting(job, lengths[job.id][0]) for job in queued]
         running = [self._running(job, lengths[job.id][0]) for job in busy]
         use = _recent_use(past, busy, queued)
@@ -151,7 +154,7 @@ def _recent_use(past: list[Job], *unfinished: list[Job]) -> dict[str, float]:
     return scheduling.recent_use((*ended, *others))
 
 
-def _length(job: Job, past: list[Job], now: int) -> tuple[float | None, str | None]:
+def _length(job: Job, known: list[Job], now: int) -> tuple[float | None, str | None]:
     """Seconds that the job has still to run, and what they are known from."""
     if job.status == RUNNING and job.estimated_finish is not None:
         return max(0.0, job.estimated_finish - now), "progress"
@@ -162,20 +165,31 @@ def _length(job: Job, past: list[Job], now: int) -> tuple[float | None, str | No
     if isinstance(rehearsed, dict):
         return left * (rehearsed["least"] + rehearsed["most"]) / 2, "rehearsal"
     passes_of_a_row = _row_passes(job)
-    speeds = _speeds(job, past)
+    speeds = _speeds(job, known)
     if passes_of_a_row and speeds:
         return left * passes_of_a_row * median(speeds), "history"
     return None, None
 
 
-def _speeds(job: Job, past: list[Job]) -> list[float]:
-    """Seconds for one row once, of succeeded jobs like this one: of the project if there are any, else of all."""
+def _speeds(job: Job, known: list[Job]) -> list[float]:
+    """Seconds for one row once, of jobs like this one that run or have succeeded: of the project if there are any, else of
+    all."""
     kind = (job.base_code, job.method, job.training_type)
     like = [
-        each for each in past if each.status == SUCCEEDED and (each.base_code, each.method, each.training_type) == kind
+        each
+        for each in known
+        if each.status in (SUCCEEDED, RUNNING) and (each.base_code, each.method, each.training_type) == kind
     ]
     own = [each for each in like if each.project_id == job.project_id]
-    return [each.elapsed_s / rows for each in (own or like)[:_MOST_LIKE] if (rows := _row_passes(each))]
+    speeds = [_seconds_for_a_row(each) for each in (own or like)[:_MOST_LIKE]]
+    return [speed for speed in speeds if speed is not None]
+
+
+def _seconds_for_a_row(job: Job) -> float | None:
+    rows = _row_passes(job)
+    if not rows or not job.total_steps or job.step < _ENOUGH_SHARE * job.total_steps:
+        return None
+    return job.elapsed_s / (rows * job.step / job.total_steps)  # it may run still, or have stopped early
 
 
 def _row_passes(job: Job) -> int:

@@ -120,8 +120,14 @@ def next_start(waiting: list[Waiting], running: list[Running], use: Mapping[str,
 
 
 def fits(job: Waiting, running: list[Running], room: Room) -> bool:
-    """Whether memory and GPUs are enough beside those at work."""
+    """Whether memory and GPUs are enough beside those at work.
+
+    Engines do not go away, so a job for which they alone leave too little would wait for ever: where no trainer is at work, it
+    starts and plans with what they leave.
+    """
     memory = room.memory_bytes - sum(trainer.memory_bytes for trainer in running)
+    if not running:
+        memory = room.most_memory_bytes
     gpus = room.gpus - sum(trainer.gpus for trainer in running)
     return job.memory_bytes <= memory and job.gpus <= gpus
 
