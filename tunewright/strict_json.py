@@ -51,7 +51,7 @@ def _proven(data: bytes, value: Any, max_depth: int) -> bool:
         return False
     if len(data) > 4 * MAX_KEYS and data.count(b":") > MAX_KEYS and _widest_object(value) > MAX_KEYS:
         return False
-    return not _has_long_number(data)
+    return not has_long_number(data)
 
 
 # Every byte a number can hold becomes "0", every other one a space.
@@ -62,7 +62,7 @@ _BRACKETS_ALIKE = bytes.maketrans(b"{}", b"[]")
 _NOT_STRUCTURE = bytes(b for b in range(256) if b not in b'"[]{}')
 
 
-def _has_long_number(data: bytes) -> bool:
+def has_long_number(data: bytes) -> bool:
     """True also for long runs of digits inside a text: the slow path tells them apart.
 
     A run of 33 bytes touches four or more consecutive samples of every eighth byte, so most texts need no full pass.

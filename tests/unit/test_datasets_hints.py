@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tunewright.datasets.checking import block_look, quick_look
+from tunewright.datasets.checking import quick_look
 from tunewright.datasets.report import Problem, Reporter, Row
 from tunewright.datasets.rules import hints, personal_data
 
@@ -112,9 +112,10 @@ def test_the_cheap_look_never_misses(text: str, escaped: bool, shift: int) -> No
     if seen_texts(text):
         line = json.dumps({"content": text}, ensure_ascii=escaped).encode("utf-8", "replace")
         assert quick_look.may_need_look(line)
-        filler = b"x" * (block_look._CHUNK_BYTES - 40 - shift) + b"\n"
-        assert quick_look.may_need_look(filler + line)
-        assert quick_look.may_need_look(line + b"\n" + filler)
+        filler = b"{" + b"x" * shift + b"}\n"
+        block = filler * 3 + line + b"\n" + filler + line
+        ends = [block.count(b"\n", 0, place) for place in quick_look.suspects(block)]
+        assert ends == [3, 5]
 
 
 @settings(max_examples=200, deadline=None)

@@ -15,9 +15,17 @@ import msgspec
 from msgspec import UNSET, Raw, UnsetType
 
 from tunewright import strict_json
-from tunewright.datasets.checking.row_facts import MAX_MESSAGES, Facts, Shape, answer_text, shape_of, tools_digest
+from tunewright.datasets.checking.row_facts import (
+    MAX_MESSAGES,
+    Facts,
+    Shape,
+    answer_text,
+    digest_of,
+    shape_of,
+    tools_digest,
+)
 from tunewright.datasets.report import Reporter, Row
-from tunewright.datasets.rules import schemas, tools
+from tunewright.datasets.rules import schemas, simple_tools, tools
 from tunewright.datasets.rules.messages import CHAT, FUNCTION
 from tunewright.errors import InvalidRequest
 
@@ -180,54 +188,56 @@ def _read(row: _RichRow) -> tuple[Facts | None, int]:
     known = _known_tools(row.tools)
     if known is None:
         return None, -1
-    reader = _Reader(known.offered)
+    messages = row.messages
+    quotes = _QUOTES_PER_ROW + known.quotes + _QUOTES_PER_MESSAGE * len(messages)
+    if row.parallel_tool_calls is not UNSET:
+        quotes += 2
+    reader = _Reader(known)
     code = ""
     texts: list[str] = []
-    characters = trained = 0
-    content: Any
-    quotes = _QUOTES_PER_ROW + known.quotes + _QUOTES_PER_MESSAGE * len(row.messages)
-    doubtful = False
     # One loop for all, without calls for the messages that most are: it runs for every message of a function file.
-    for message in row.messages:
+    for message in messages:
         content = message.content
         if isinstance(message, _RichAssistant):
             calls = message.tool_calls
             if calls is not UNSET or message.reasoning_content is not UNSET or message.weight is not UNSET:
-                quotes += reader.read_answer(message)
-                characters += reader.size
                 code += "c" if calls else "a"
-                texts.append(reader.text)
+                texts.append(reader.read_answer(message, content, calls))
                 continue
             code += "a"
             reader.teaches = True
             if content is UNSET or content is None:
                 quotes -= 4 if content is UNSET else 2
                 content = ""
-            trained += len(content)
         elif isinstance(message, _RichTool):
             code += "t"
-            quotes += reader.read_reply(message)
+            texts.append(message.content)
+            if message.tool_call_id in reader.known and message.name is UNSET:
+                quotes += 4
+                reader.waiting.discard(message.tool_call_id)
+            else:
+                reader.read_reply(message)
+            continue
         else:
             code += "u" if isinstance(message, _RichUser) else "s"
-        if reader.waiting and code[-1] != "t":
-            doubtful = True
-        if not content or content.isspace():
-            doubtful = True
-        characters += len(content)
-        texts.append(content)
-    if row.parallel_tool_calls is not UNSET:
-        quotes += 2
+        if reader.waiting:
+            reader.doubtful = True
+        texts.append(content)  # type: ignore[arg-type]
     shape = shape_of(code)
-    if doubtful or reader.doubtful or not reader.teaches or not shape.regular:
+    quotes += reader.quotes
+    if reader.doubtful or not reader.teaches or not shape.regular or not all(texts) or any(map(str.isspace, texts)):
         return None, quotes
     kind = FUNCTION if reader.calls or known.digest or "t" in code else CHAT
+    characters = list(map(len, texts))
+    trained = characters[-1] if shape.single else sum(map(characters.__getitem__, shape.answers))
+    marks = reader.marks
     return Facts(
         kind,
         shape,
         texts,
-        characters,
+        sum(characters) - marks,
         texts[-1],
-        trained + reader.trained,
+        trained - marks - reader.untrained,
         known.digest,
         reader.calls,
         reader.reasoning,
@@ -239,27 +249,17 @@ class _Reader:
     """Reads the messages of one row that have more than a role and a content."""
 
     __slots__ = (
-        *(
-            "calls",
-            "doubtful",
-            "known",
-            "offered",
-            "reasoning",
-            "size",
-            "teaches",
-            "text",
-            "trained",
-            "waiting",
-            "weights",
-        ),
+        *("calls", "doubtful", "known", "marks", "quotes", "reasoning", "teaches", "tools", "untrained", "waiting"),
+        "weights",
     )
 
-    def __init__(self, offered: tools.Offered) -> None:
-        self.offered = offered
+    def __init__(self, tools: "_Tools") -> None:
+        self.tools = tools
+        self.quotes = 0
+        """Those that the messages have more than role and content."""
         self.doubtful = False
         """Whether the exact rules might complain."""
         self.teaches = False
-        self.trained = 0
         self.calls: list[str] = []
         self.reasoning = False
         self.weights = False
@@ -267,96 +267,87 @@ class _Reader:
         """Ids of the calls so far."""
         self.waiting: set[str] = _NO_IDS
         """Those of them without a reply yet."""
-        self.text = ""
-        self.size = 0
+        self.marks = 0
+        """Characters of the texts that only tell their parts apart."""
+        self.untrained = 0
+        """Characters of answers that are not trained on."""
 
-    def read_reply(self, message: _RichTool) -> int:
-        """The answer is the quotes that the message has more than role and content."""
+    def read_reply(self, message: _RichTool) -> None:
+        """A tool's message."""
         identifier = message.tool_call_id
-        quotes = 0 if message.name is UNSET else _quotes_of(message.name)
-        if identifier is UNSET:
-            self.doubtful = True
-            return quotes
+        if message.name is not UNSET:
+            self.quotes += _quotes_of(message.name)
+        if identifier is not UNSET:
+            self.quotes += _quotes_of(identifier)
         if identifier in self.known:
             self.waiting.discard(identifier)  # type: ignore[arg-type]
         else:
             self.doubtful = True
-        return quotes + _quotes_of(identifier)
 
-    def read_answer(self, message: _RichAssistant) -> int:
-        """Leaves the message's canonical text and its characters; the answer is as for a reply."""
-        content, calls, reasoning, weight = (
-            message.content,
-            message.tool_calls,
-            message.reasoning_content,
-            message.weight,
-        )
+    def read_answer(
+        self, message: _RichAssistant, content: _OptionalText, calls: "list[_Call] | UnsetType | None"
+    ) -> str:
+        """The message's canonical text."""
+        reasoning, weight = message.reasoning_content, message.weight
         if self.waiting:
             self.doubtful = True
-        quotes = 0
         if not content:
-            quotes = -4 if content is UNSET else 0 if content == "" else -2
+            self.quotes -= 4 if content is UNSET else 0 if content == "" else 2
+            content = ""
             if not calls:
                 self.doubtful = True
         elif content.isspace():
             self.doubtful = True
         plain_calls: list[tuple[str, str]] = []
-        if calls is not UNSET:
-            quotes += 2
-            if calls:
-                quotes += self._read_calls(calls, plain_calls)
+        if calls:
+            plain_calls = self._read_calls(calls)
+        elif calls is not UNSET:
+            self.quotes += 2
         if reasoning is not UNSET:
-            quotes += _quotes_of(reasoning)
+            self.quotes += _quotes_of(reasoning)
             if reasoning:
                 self.reasoning = True
         trained = True
         if weight is not UNSET:
-            quotes += 2
+            self.quotes += 2
             self.weights = True
             trained = weight != 0
             if weight is not None and (type(weight) is not int or weight not in (0, 1)):
                 self.doubtful = True
-        self.text, self.size = answer_text(content or "", plain_calls, reasoning or None, trained=trained)
+        text, size = answer_text(content, plain_calls, reasoning or None, trained=trained)
+        self.marks += len(text) - size
         if trained:
             self.teaches = True
-            self.trained += self.size
-        return quotes
+        else:
+            self.untrained += size
+        return text
 
-    def _read_calls(self, calls: list[_Call], plain_calls: list[tuple[str, str]]) -> int:
-        """Their quotes. Beyond doubt are calls that the tools offered allow, each with an id of its own."""
-        quotes = 0
+    def _read_calls(self, calls: list[_Call]) -> list[tuple[str, str]]:
+        """Their names and arguments. Beyond doubt are calls that the tools offered allow, each with an id of its own."""
+        found: list[tuple[str, str]] = []
         ids: set[str] = set()
+        take = self.tools.take
         for call in calls:
-            name, arguments = call.function.name, call.function.arguments
-            quotes += 14
+            function = call.function
+            name, arguments = function.name, function.arguments
             if call.type is not UNSET:
-                quotes += 4
+                self.quotes += 4
                 if call.type != "function":
                     self.doubtful = True
-            if self.doubtful or not call.id or call.id in ids or not _is_allowed(self.offered.get(name), arguments):
+            if not self.doubtful and not (call.id and take(name, arguments)):
                 self.doubtful = True
             ids.add(call.id)
-            plain_calls.append((name, arguments))
+            found.append((name, arguments))
             self.calls.append(name)
-        self.known = self.known | ids
+        self.quotes += 2 + 14 * len(calls)
+        if len(ids) < len(calls):
+            self.doubtful = True
+        self.known = self.known | ids if self.known else set(ids)
         self.waiting = ids
-        return quotes
+        return found
 
 
 _NO_IDS: set[str] = set()
-
-
-def _is_allowed(tool: tools.Tool | None, text: str) -> bool:
-    """Whether `text` holds arguments that the tool takes."""
-    if tool is None:
-        return False
-    try:
-        arguments = strict_json.loads(text.encode())
-    except InvalidRequest:
-        return False
-    if not isinstance(arguments, dict) or not tool.required <= arguments.keys():
-        return False
-    return tool.schema is None or schemas.mismatch(tool.schema, arguments, len(text)) is None
 
 
 def _quotes_of(value: str | UnsetType | None) -> int:
@@ -364,16 +355,40 @@ def _quotes_of(value: str | UnsetType | None) -> int:
     return 2 if value is None else 4
 
 
-class _Tools(NamedTuple):
+class _Tools:
     """A row's `tools` that passed; `digest` is empty if there are none."""
 
-    digest: str
-    quotes: int
-    offered: tools.Offered
+    __slots__ = ("_exact", "_known", "_value", "digest", "quotes")
+
+    def __init__(self, value: Any, digest: str, quotes: int, known: dict[str, simple_tools.Arguments] | None) -> None:
+        self.digest = digest
+        self.quotes = quotes
+        self._known = known or {}
+        self._value = value
+        self._exact: tools.Offered | None = None
+
+    def take(self, name: str, text: str) -> bool:
+        """Whether `text` holds arguments that the tool `name` takes."""
+        known = self._known.get(name)
+        return (known is not None and known.take(text)) or self._take(name, text)
+
+    def _take(self, name: str, text: str) -> bool:
+        if self._exact is None:
+            self._exact = tools.check_tools(Row(Reporter(), 1, 0), self._value, ("tools",))
+        tool = self._exact.get(name)
+        if tool is None:
+            return False
+        try:
+            arguments = strict_json.loads(text.encode())
+        except InvalidRequest:
+            return False
+        if not isinstance(arguments, dict) or not tool.required <= arguments.keys():
+            return False
+        return tool.schema is None or schemas.mismatch(tool.schema, arguments, len(text)) is None
 
 
-_NO_TOOLS = _Tools("", 0, {})
-_known: dict[bytes, _Tools | None] = {}
+_NO_TOOLS = _Tools(None, "", 0, None)
+_tools: dict[bytes, _Tools | None] = {}
 
 
 def _known_tools(raw: Raw) -> _Tools | None:
@@ -381,23 +396,28 @@ def _known_tools(raw: Raw) -> _Tools | None:
     data = bytes(raw)
     if not data:
         return _NO_TOOLS
-    if data in _known:
-        return _known[data]
+    if data in _tools:
+        return _tools[data]
     learned = _learn_tools(data)
     if len(data) <= _MAX_TOOLS_BYTES:
-        if len(_known) >= _MAX_KNOWN:
-            _known.clear()
-        _known[data] = learned
+        if len(_tools) >= _MAX_KNOWN:
+            _tools.clear()
+        _tools[data] = learned
     return learned
 
 
 def _learn_tools(data: bytes) -> _Tools | None:
+    quotes = strict_json.count_quotes(data)
     try:
+        value = msgspec.json.decode(data)
+        encoded = msgspec.json.encode(value, order="sorted")
+        # A repeated key was dropped, and its quotes with it.
+        known = simple_tools.known_tools(data, value) if quotes == strict_json.count_quotes(encoded) else None
+        if known:
+            return _Tools(value, digest_of(encoded), 2 + quotes, known)
         value = strict_json.loads(data, strict_json.MAX_DEPTH - 1)
-    except InvalidRequest:
+    except (InvalidRequest, *_REFUSED):
         return None
     reporter = Reporter()
-    offered = tools.check_tools(Row(reporter, 1, 0), value, ("tools",))
-    if reporter.counts:
-        return None
-    return _Tools(tools_digest(value), 2 + strict_json.count_quotes(data), offered)
+    tools.check_tools(Row(reporter, 1, 0), value, ("tools",))
+    return None if reporter.counts else _Tools(value, tools_digest(value), 2 + quotes, None)

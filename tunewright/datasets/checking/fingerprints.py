@@ -54,6 +54,13 @@ class Fingerprints:
         self.prompts.extend(map(_hash, map(str.encode, prompts)))
         self.answers.extend(map(_short_hash, map(str.encode, [contents[-1] for contents in texts])))
 
+    def add_rows(self, rows: list[int], found: list[Facts], lengths: list[int]) -> None:
+        """Any rows without errors, none of them huge."""
+        self.rows.extend(rows)
+        self.lengths.extend(lengths)
+        self.prompts.extend(map(_hash, map(str.encode, map(_prompt_of, found))))
+        self.answers.extend(map(_short_hash, map(str.encode, [facts.answer for facts in found])))
+
     def write(self, stream: BinaryIO) -> None:
         """The raw numbers; `read` takes them back, on the same machine."""
         for numbers in self._all():
@@ -75,10 +82,15 @@ def row_key(line: bytes) -> int:
 
 def keys_of(facts: Facts) -> tuple[int, int]:
     """The numbers of a row's prompt and answer."""
-    shape, texts = facts.shape, facts.texts
-    last = len(texts) if facts.pair else shape.last
-    head = f"{shape.code[:last]}\0{facts.tools}\0{facts.pair}" if facts.tools or facts.pair else shape.head
-    return _hash("\0".join((head, *texts[:last])).encode()), _short_hash(facts.answer.encode())
+    return _hash(_prompt_of(facts).encode()), _short_hash(facts.answer.encode())
+
+
+def _prompt_of(facts: Facts) -> str:
+    """Everything before the last answer, as one text."""
+    shape, texts, tools, pair = facts.shape, facts.texts, facts.tools, facts.pair
+    last = len(texts) if pair else shape.last
+    head = f"{shape.code[:last]}\0{tools}\0{pair}" if tools or pair else shape.head
+    return "\0".join((head, *texts[:last]))
 
 
 def _view(numbers: "array[int]") -> Any:

@@ -196,7 +196,12 @@ def _image_key(image: Any) -> int:
 
 def tools_digest(tools: list[Any]) -> str:
     """The same for lists that say the same, whatever the order of keys."""
-    return xxhash.xxh3_64_hexdigest(msgspec.json.encode(tools, order="sorted")) if tools else ""
+    return digest_of(msgspec.json.encode(tools, order="sorted")) if tools else ""
+
+
+def digest_of(encoded: bytes) -> str:
+    """`tools_digest` of a list that is not empty, from its JSON with sorted keys."""
+    return xxhash.xxh3_64_hexdigest(encoded)
 
 
 def facts_of(value: dict[str, Any], kind: str) -> Facts:

@@ -6,8 +6,7 @@ from typing import BinaryIO, Protocol
 
 import msgspec
 
-from tunewright.datasets.checking import fast_rows, fingerprints
-from tunewright.datasets.checking.block_look import BlockLook
+from tunewright.datasets.checking import fast_rows, fingerprints, quick_look
 from tunewright.datasets.checking.block_marks import BlockMarks
 from tunewright.datasets.checking.line_check import check_line, without_return
 from tunewright.datasets.checking.row_facts import Facts, facts_of
@@ -78,7 +77,6 @@ class Scan:
         self.fingerprints = fingerprints.Fingerprints()
         self._compare = depth.compare and self.training
         self._marks = BlockMarks()
-        self._look = BlockLook()
         self._not_plain = 0
 
     def read(self, stream: BinaryIO, end: int, progress: Progress | None = None) -> None:
@@ -150,22 +148,7 @@ class Scan:
         found = fast_rows.rich_rows(data, len(marks.ends), marks.quotes)
         if found is None:
             return False
-        clean: list[tuple[bytes, Facts]] = []
-        start = 0
-        for i, (end, facts) in enumerate(zip(marks.ends, found, strict=True)):
-            if facts is not None and agreed_kind(self.kind, facts.kind):
-                self.kind = agreed_kind(self.kind, facts.kind)
-                line = data[start:end]
-                clean.append((line, facts))
-                if i in odd:
-                    self._look_closely(line, offset + start, self.lines + len(clean))
-            else:
-                self._take_facts(clean)
-                clean = []
-                self.lines += 1
-                self._read_line(data[start:end], offset + start, doubted=True)
-            start = end + 1
-        self._take_facts(clean)
+        self._take_rich(data, offset, marks.ends, found, set(odd))
         return True
 
     def _look_needed(self, data: bytes) -> bool:
@@ -175,7 +158,7 @@ class Scan:
         """Indices of the lines whose texts are worth a look, rising."""
         if not self.depth.texts:
             return []
-        return sorted({bisect_left(ends, place) for place in self._look.suspects(data)})
+        return [bisect_left(ends, place) for place in quick_look.suspects(data)]
 
     def _take_plain(
         self, data: bytes, offset: int, ends: list[int], plain: fast_rows.PlainRows, odd: list[int]
@@ -193,6 +176,27 @@ class Scan:
         for i in odd:
             self._look_closely(rows.line(i), offset + rows.starts[i], self.lines + 1 + i)
         self._take_columns(rows)
+
+    def _take_rich(self, data: bytes, offset: int, ends: list[int], found: list[Facts | None], odd: set[int]) -> None:
+        """Count and compare all rows of a block; those in doubt, and those that are odd, are checked exactly in their place."""
+        lines: list[bytes] = []
+        clean: list[Facts] = []
+        start = 0
+        for i, (end, facts) in enumerate(zip(ends, found, strict=True)):
+            line = data[start:end]
+            if facts is not None and (facts.kind == self.kind or agreed_kind(self.kind, facts.kind)):
+                self.kind = agreed_kind(self.kind, facts.kind)
+                lines.append(line)
+                clean.append(facts)
+                if i in odd:
+                    self._look_closely(line, offset + start, self.lines + len(clean))
+            else:
+                self._take_facts(lines, clean)
+                lines, clean = [], []
+                self.lines += 1
+                self._read_line(line, offset + start, doubted=True)
+            start = end + 1
+        self._take_facts(lines, clean)
 
     def _look_closely(self, line: bytes, offset: int, number: int) -> None:
         """Warn of the texts of a row that is beyond doubt otherwise."""
@@ -279,32 +283,30 @@ class Scan:
         if self.depth.statistics:
             self.statistics.add([facts])
             if self._compare:
-                self._measure([(data, facts)], [key])
+                self._measure([len(data)], [facts], [key])
 
-    def _take_facts(self, rows: list[tuple[bytes, Facts]]) -> None:
+    def _take_facts(self, lines: list[bytes], found: list[Facts]) -> None:
         """Count and compare rows without problems, with their lines, whose kinds agree."""
-        self.lines += len(rows)
-        self.rows += len(rows)
-        keys = [fingerprints.row_key(data) for data, _ in rows] if self._compare else []
-        for key, (data, facts) in zip(keys, rows, strict=False):
-            self.fingerprints.add(key, *fingerprints.keys_of(facts), len(data) + 1)
+        self.lines += len(found)
+        self.rows += len(found)
+        sizes = list(map(len, lines))
+        keys = list(map(fingerprints.row_key, lines)) if self._compare else []
+        if self._compare:
+            self.fingerprints.add_rows(keys, found, [size + 1 for size in sizes])
         if self.depth.statistics:
-            self.statistics.add([facts for _, facts in rows])
+            self.statistics.add(found)
             if self._compare:
-                self._measure(rows, keys)
+                self._measure(sizes, found, keys)
 
-    def _measure(self, rows: list[tuple[bytes, Facts]], keys: list[int]) -> None:
+    def _measure(self, sizes: list[int], found: list[Facts], keys: list[int]) -> None:
         """What takes a look at lengths and texts."""
         statistics = self.statistics
-        statistics.add_lengths(
-            [facts.characters for _, facts in rows],
-            [facts.trained for _, facts in rows],
-            [len(data) for data, _ in rows],
-        )
-        for key, (_, facts) in zip(keys, rows, strict=True):
+        statistics.add_lengths([facts.characters for facts in found], [facts.trained for facts in found], sizes)
+        limit = statistics.sample_limit
+        for key, facts in zip(keys, found, strict=True):
             if facts.shape.has_system:
                 statistics.add_system_prompt(fingerprints.row_key(facts.texts[0].encode()))
-            if key <= statistics.sample_limit:
+            if key <= limit:
                 statistics.add_sample(key, [*facts.texts, facts.answer] if facts.pair else facts.texts)
 
     def _note(self, row: int, prompt: int, answer: int, length: int) -> None:

@@ -5,7 +5,7 @@ Lengths are exact below 2,048 and kept to one part in a thousand above, so that 
 
 import re
 from collections import Counter
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import Any
 
 import msgspec
@@ -155,22 +155,21 @@ class Statistics(msgspec.Struct):
     def add(self, rows: list[Facts]) -> None:
         """Count some rows, but for their lengths and texts."""
         for kind in {facts.kind for facts in rows}:
-            self.add_shapes([facts.shape for facts in rows if facts.kind == kind], kind)
-        for facts in rows:
-            self.characters += facts.characters
-            self.with_tools += facts.tools != ""
-            self.with_reasoning += facts.reasoning
-            self.with_weights += facts.weights
-            if facts.images:
-                self.with_images += 1
-                self.images += facts.images
-            if facts.kind == PREFERENCE:
-                self.messages += 2
-                _count(self.roles, "assistant", 2)
-            for name in facts.calls:
-                self.calls += 1
-                if name in self.called or len(self.called) < _MAX_NAMES:
-                    _count(self.called, name, 1)
+            shapes = [facts.shape for facts in rows if facts.kind == kind]
+            self.add_shapes(shapes, kind)
+            if kind == PREFERENCE:
+                self.messages += 2 * len(shapes)
+                _count(self.roles, "assistant", 2 * len(shapes))
+        self.characters += sum([facts.characters for facts in rows])
+        self.with_tools += sum([facts.tools != "" for facts in rows])
+        self.with_reasoning += sum([facts.reasoning for facts in rows])
+        self.with_weights += sum([facts.weights for facts in rows])
+        self.with_images += sum([facts.images > 0 for facts in rows])
+        self.images += sum([facts.images for facts in rows])
+        for name, number in Counter(chain.from_iterable([facts.calls for facts in rows])).items():
+            self.calls += number
+            if name in self.called or len(self.called) < _MAX_NAMES:
+                _count(self.called, name, number)
 
     def add_lengths(self, characters: list[int], trained: list[int], line_bytes: list[int]) -> None:
         """Count rows by length: characters, those that are trained on, bytes."""

@@ -54,6 +54,8 @@ def look_closely(row: Row, data: bytes, value: object) -> None:
     """The same for a line that is known to need it."""
     plain = data.isascii() and b"\x7f" not in data and not any(escape in data for escape in (b"\\u", b"\\b", b"\\f"))
     for path, text in _texts(value):
+        if not may_need_look(text.encode("utf-8", "replace")):
+            continue
         if ("<" in text or "[" in text) and (found := _SPECIAL.search(text)):
             sentence = mark("line {line}, {field} holds {found}, a model's special token; it is treated as plain text")
             row.warn("special_token_in_text", sentence, path, found=shown(found[0]))

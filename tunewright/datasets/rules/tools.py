@@ -16,7 +16,7 @@ from tunewright.i18n import mark
 
 MAX_TOOLS = 128
 MAX_REFERENCES = 100
-_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
 class Tool(NamedTuple):
@@ -70,7 +70,7 @@ def _check_tool(row: Row, tool: object, path: Path, offered: Offered) -> None:
         row.error("invalid_tool", sentence, (*path, "function"), patch=row_mends.tool(tool, path))
         return
     name = function.get("name")
-    if not isinstance(name, str) or not _NAME.fullmatch(name):
+    if not isinstance(name, str) or not NAME.fullmatch(name):
         _refuse_name(row, "invalid_tool", name, (*path, "function", "name"))
         return
     if name in offered:
@@ -213,7 +213,7 @@ def _check_call(row: Row, call: object, path: Path, ids: set[str], mends: RowMen
         row.error("invalid_tool_call", mark("line {line}, {field} must be an object with name and arguments"), place)
         return
     name = function.get("name")
-    if not isinstance(name, str) or not _NAME.fullmatch(name):
+    if not isinstance(name, str) or not NAME.fullmatch(name):
         _refuse_name(row, "invalid_tool_call", name, (*place, "name"))
     _check_arguments(row, function, (*place, "arguments"))
 
