@@ -53,6 +53,7 @@ def write_job(folder: Path, base: Path, rows: list[tuple[str, str]] = ROWS, **ch
         "lora_rank": 4,
         "lora_alpha": 8,
         "max_length": 128,
+        "precision": "float32",
     }
     fields: dict[str, Any] = {
         "job_id": "job-1",

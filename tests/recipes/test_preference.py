@@ -170,10 +170,10 @@ def test_stopping_anywhere_and_resuming_changes_no_bit(tmp_path: Path, base: Pat
         assert finished(second) == finished(whole)
 
 
-def test_a_step_cut_into_pieces_is_the_same_step(tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_cut_into_pieces_is_the_same_step(tmp_path: Path, base: Path) -> None:
     whole = losses(train_here(dpo_job(tmp_path / "a", base, batch_size=7)))
-    monkeypatch.setattr(text, "TOKEN_BUDGET", 40)  # less than any pair: each goes alone, and none is torn apart
-    pieces = losses(train_here(dpo_job(tmp_path / "b", base, batch_size=7)))
+    # 40 are less than any pair: each goes alone, and none is torn apart
+    pieces = losses(train_here(dpo_job(tmp_path / "b", base, batch_size=7, micro_batch_tokens=40)))
     assert pieces == pytest.approx(whole, abs=1e-5)
 
 

@@ -28,6 +28,7 @@ from tests.recipes.job_folder import (
 from tests.unit.bad_rows import preference
 from tunewright.errors import InvalidRequest
 from tunewright.files_on_disk import sha256_of
+from tunewright.jobs.memory_estimate import MICRO_BATCH_TOKENS
 from tunewright.jobs.spec import (
     Checkpoint,
     DataChoice,
@@ -77,7 +78,7 @@ def test_a_small_set_is_memorised(tmp_path: Path, base: Path) -> None:
     started = found[0]
     assert isinstance(started, Started)
     assert started.rows == {"used": 7, "skipped": 0, "cut": 0}
-    assert started.choices["dtype"] == "float32"
+    assert started.choices["precision"] == "float32"
     assert last.tokens == started.tokens_per_epoch * 40 == finished(found).trained_tokens
     assert finished(found).final_loss == last.loss
 
@@ -191,12 +192,9 @@ def test_r12_without_a_good_checkpoint_the_job_fails_or_begins_again_as_it_is_to
     assert aside.is_dir()
 
 
-def test_the_loss_does_not_depend_on_how_a_step_is_cut_up(
-    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_loss_does_not_depend_on_how_a_step_is_cut_up(tmp_path: Path, base: Path) -> None:
     whole = losses(train_here(write_job(tmp_path / "a", base, batch_size=7)))
-    monkeypatch.setattr(text, "TOKEN_BUDGET", 50)
-    pieces = losses(train_here(write_job(tmp_path / "b", base, batch_size=7)))
+    pieces = losses(train_here(write_job(tmp_path / "b", base, batch_size=7, micro_batch_tokens=50)))
     assert pieces == pytest.approx(whole, rel=1e-4)
 
 
@@ -412,7 +410,7 @@ def test_memory_that_ran_out_before_is_spared_from_the_first_step_on(
     monkeypatch.setattr(flattened, "summed_loss", Memory(0))
     found = train_here(write_job(tmp_path / "again", base, halve_micro_batch=True))
     started = found[0]
-    assert isinstance(started, Started) and started.choices["token_budget"] == text.TOKEN_BUDGET // 2
+    assert isinstance(started, Started) and started.choices["micro_batch_tokens"] == MICRO_BATCH_TOKENS // 2
 
 
 def test_memory_that_runs_out_twice_fails_with_advice(
@@ -429,12 +427,6 @@ def test_memory_that_runs_out_twice_fails_with_advice(
 def test_an_unknown_method_is_refused(tmp_path: Path, base: Path) -> None:
     found = train_here(write_job(tmp_path / "job", base, method="reinforcement"))
     assert failed(found).code == "unsupported_method"
-
-
-def test_device_and_numbers() -> None:
-    assert text.choose_numbers(cuda=False, cuda_bf16=False) == ("cpu", torch.float32)
-    assert text.choose_numbers(cuda=True, cuda_bf16=True) == ("cuda", torch.bfloat16)
-    assert text.choose_numbers(cuda=True, cuda_bf16=False) == ("cuda", torch.float32)
 
 
 def test_learning_rate_goes_up_and_then_down_to_a_tenth() -> None:

@@ -19,7 +19,8 @@ from tunewright.i18n import mark
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
-_NAME = "default"
+ADAPTER_NAME = "default"
+"""PEFT's name of the one adapter in a model."""
 _MAX_CONFIG_BYTES = 2**20
 
 
@@ -60,7 +61,7 @@ def add_lora(model: Any, *, rank: int, alpha: int, targets: list[str], seed: int
     """
     torch.manual_seed(seed)
     config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, bias="none", target_modules=targets)
-    inject_adapter_in_model(config, model, adapter_name=_NAME)
+    inject_adapter_in_model(config, model, adapter_name=ADAPTER_NAME)
     for name, parameter in model.named_parameters():
         is_adapter = ".lora_A." in name or ".lora_B." in name
         parameter.requires_grad_(is_adapter)
@@ -71,7 +72,7 @@ def add_lora(model: Any, *, rank: int, alpha: int, targets: list[str], seed: int
 def adapter_parameters(model: Any) -> dict[str, torch.nn.Parameter]:
     """PEFT's key -> the trained parameter, in the order of the model's modules."""
     return {
-        "base_model.model." + name.replace(f".{_NAME}.weight", ".weight"): parameter
+        "base_model.model." + name.replace(f".{ADAPTER_NAME}.weight", ".weight"): parameter
         for name, parameter in model.named_parameters()
         if parameter.requires_grad
     }

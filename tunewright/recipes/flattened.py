@@ -6,6 +6,7 @@ the loss: a test compares with transformers' own forward, row by row.
 Shapes: T tokens of the micro-batch, N labels, H heads, K key-value heads, D head size, C channels, V vocabulary.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,11 +16,14 @@ from transformers.modeling_utils import AttentionInterface
 
 from tunewright.errors import InvalidRequest
 from tunewright.i18n import mark
+from tunewright.jobs.memory_estimate import LABELS_AT_ONCE
+from tunewright.recipes.computing import FLASH, FLEX, PER_CONVERSATION
+from tunewright.recipes.flex_attention import attend_flex
 from tunewright.recipes.packing import Flat
 
 ATTENTION = "tunewright_per_conversation"
-_LABELS_AT_ONCE = 256
-"""Logits are made for so many labels at a time: enough to keep a matrix product busy, 50 MB at a vocabulary of 49,152."""
+IMPLEMENTATIONS = {PER_CONVERSATION: ATTENTION, FLEX: "tunewright_flex", FLASH: "flash_attention_2"}
+"""transformers' name of each way to compute attention."""
 
 
 def attend_per_conversation(
@@ -62,6 +66,13 @@ def _window_mask(query: torch.Tensor, sliding_window: int | None) -> torch.Tenso
 
 
 AttentionInterface.register(ATTENTION, attend_per_conversation)
+AttentionInterface.register(IMPLEMENTATIONS[FLEX], attend_flex)
+
+
+def checkpoint_layers(model: Any) -> None:
+    """Keep only the inputs of each layer for the backward pass, and compute the layer again there."""
+    for layer in model.base_model.layers:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
 
 class _CrossEntropies(torch.autograd.Function):
@@ -72,20 +83,23 @@ class _CrossEntropies(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: torch.Tensor, head: torch.Tensor, labels: torch.Tensor) -> Any:
-        gradient = torch.empty_like(hidden) if hidden.requires_grad else None
+        gradient = torch.empty_like(hidden, dtype=head.dtype) if hidden.requires_grad else None
         losses = torch.empty(len(labels), device=hidden.device)
         right = torch.empty(len(labels), dtype=torch.bool, device=hidden.device)
-        for start in range(0, len(labels), _LABELS_AT_ONCE):
-            part = slice(start, start + _LABELS_AT_ONCE)
+        for start in range(0, len(labels), LABELS_AT_ONCE):
+            part = slice(start, start + LABELS_AT_ONCE)
             wanted = labels[part, None]
-            logits = (hidden[part] @ head.t()).float()
-            right[part] = logits.argmax(-1) == labels[part]
-            normaliser = logits.logsumexp(-1, keepdim=True)
-            losses[part] = (normaliser - logits.gather(-1, wanted))[:, 0]
+            logits = (hidden[part].to(head.dtype) @ head.t()).float()
+            largest, likeliest = logits.max(-1, keepdim=True)
+            right[part] = (likeliest == wanted)[:, 0]
+            losses[part] = (largest - logits.gather(-1, wanted))[:, 0]
+            error = logits.sub_(largest).exp_()
+            total = error.sum(-1, keepdim=True)
+            losses[part] += total.log()[:, 0]
             if gradient is not None:
-                error = logits.sub_(normaliser).exp_()
-                error.scatter_add_(-1, wanted, torch.full_like(wanted, -1, dtype=error.dtype))
+                error.div_(total).scatter_add_(-1, wanted, torch.full_like(wanted, -1, dtype=error.dtype))
                 torch.mm(error.to(head.dtype), head, out=gradient[part])
+        ctx.dtype = hidden.dtype
         ctx.save_for_backward(gradient)
         ctx.mark_non_differentiable(right)
         return losses, right
@@ -93,7 +107,7 @@ class _CrossEntropies(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
         (gradient,) = ctx.saved_tensors
-        return gradient * gradients[0][:, None].to(gradient.dtype), None, None
+        return gradient.to(ctx.dtype) * gradients[0][:, None].to(ctx.dtype), None, None
 
 
 def summed_loss(model: Any, flat: Flat, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -108,13 +122,22 @@ def label_losses(model: Any, flat: Flat, device: torch.device) -> tuple[torch.Te
         input_ids=torch.from_numpy(flat.tokens)[None].to(device),
         position_ids=torch.from_numpy(flat.positions)[None].to(device),
         use_cache=False,
-        lengths=flat.lengths,
+        **_ends_of_conversations(model, flat.lengths, device),
     ).last_hidden_state
     hidden_NC = hidden_1TC[0].index_select(0, torch.from_numpy(flat.predicts).to(device))
     head, labels = model.get_output_embeddings().weight, torch.from_numpy(flat.labels).to(device)
     if head.requires_grad and torch.is_grad_enabled():
         return _with_trained_head(hidden_NC, head, labels)
     return _CrossEntropies.apply(hidden_NC, head, labels)
+
+
+def _ends_of_conversations(model: Any, lengths: list[int], device: torch.device) -> dict[str, Any]:
+    """The arguments by which the model's way to compute attention knows where a conversation ends."""
+    if model.config._attn_implementation != IMPLEMENTATIONS[FLASH]:
+        return {"lengths": lengths}
+    ends = functional.pad(torch.tensor(lengths).cumsum(0), (1, 0)).to(device, torch.int32)
+    longest = max(lengths)
+    return {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
 
 
 def _with_trained_head(
@@ -126,7 +149,7 @@ def _with_trained_head(
         logits = (hidden @ head_VC.t()).float()
         return functional.cross_entropy(logits, labels, reduction="none"), logits.argmax(-1) == labels
 
-    parts = zip(hidden_NC.split(_LABELS_AT_ONCE), labels_N.split(_LABELS_AT_ONCE), strict=True)
+    parts = zip(hidden_NC.split(LABELS_AT_ONCE), labels_N.split(LABELS_AT_ONCE), strict=True)
     found = [checkpoint(of_part, *part, use_reentrant=False) for part in parts]
     return torch.cat([losses for losses, _ in found]), torch.cat([right for _, right in found])
 
@@ -139,6 +162,7 @@ def prove_flattening(model: Any, rows: list[Flat], together: Flat, device: torch
     Raises InvalidRequest(`base_model_unsupported`).
     """
     flattened, _ = summed_loss(model, together, device)
+    ours = model.config._attn_implementation
     model.set_attn_implementation("sdpa")
     expected = torch.zeros_like(flattened)
     for row in rows:
@@ -146,7 +170,7 @@ def prove_flattening(model: Any, rows: list[Flat], together: Flat, device: torch
         chosen = logits_1TV[0, torch.from_numpy(row.predicts).to(device)].float()
         labels = torch.from_numpy(row.labels).to(device)
         expected += functional.cross_entropy(chosen, labels, reduction="sum")
-    model.set_attn_implementation(ATTENTION)
+    model.set_attn_implementation(ours)
     if not torch.allclose(flattened, expected, rtol=tolerance, atol=tolerance):
         raise unsupported(model)
 

@@ -1,7 +1,8 @@
 """How a text model is trained: supervised LoRA or all weights, from top to bottom. spec -> data -> model -> loop -> save.
 
 - Loss on assistant tokens only: summed, and divided by the labels of the whole optimizer step however it is cut up.
-- Conversations laid end to end in micro-batches of at most `TOKEN_BUDGET` tokens (packing.py, flattened.py).
+- Conversations laid end to end in micro-batches (packing.py, flattened.py); precision, checkpointing and the tokens of a
+  micro-batch are measured and chosen at the start (computing.py); layers of a Llama are computed by hand (fast_layers.py).
 - AdamW (0.9, 0.999, 1e-8), gradients clipped to norm 1; linear warm-up, then a cosine down to a tenth of the peak.
 - Everything random comes from the seed; a resumed training makes the same numbers as one that was never stopped.
 """
@@ -26,8 +27,10 @@ from tunewright.jobs.spec import Checkpoint, Finished, Metrics, Started
 from tunewright.recipes import (
     adapters,
     checkpoints,
+    computing,
     divergence,
     evaluation,
+    fast_layers,
     flattened,
     full_weights,
     job_rows,
@@ -41,8 +44,6 @@ from tunewright.recipes.memory import is_out_of_memory
 from tunewright.recipes.threads import choose_threads
 from tunewright.rendering.renderer import renderer_of
 
-TOKEN_BUDGET = 1024
-"""Tokens of one forward pass. On a CPU 2048 is no faster and takes 2 GB more (135 M parameters, measured)."""
 FINAL_LEARNING_RATE = 0.1
 """Part of the peak learning rate at which the cosine ends."""
 CLIP_NORM = 1.0
@@ -101,19 +102,20 @@ class Training:
         self.rows, self.validation = job_rows.read(attempt, self.renderer, self.sides)
         self.steps_per_epoch = math.ceil(self.rows.n_examples / self.wanted.batch_size)
         self.total_steps = self.steps_per_epoch * self.wanted.n_epochs
-        self.token_budget = TOKEN_BUDGET // 2 if self.spec.halve_micro_batch else TOKEN_BUDGET
+        self.computing = computing.choose(self.spec, self._longest_example(), computing.capabilities())
+        self.token_budget = self.computing.micro_batch_tokens
+        self._tell_of_scarce_memory()
 
         # model
         full = self.spec.training_type == "full"
-        kind, self.dtype = choose_numbers(torch.cuda.is_available(), torch.cuda.is_available() and _cuda_has_bf16())
-        if full:
-            self.dtype = torch.float32  # in bf16 small updates of large weights are lost
-        self.device = torch.device(kind)
-        self.model = load_model(Path(self.spec.base_path), self.dtype).to(self.device)
+        dtype = torch.float32 if full else self.computing.dtype  # in bf16 small updates of large weights are lost
+        self.device = torch.device(self.computing.device)
+        self.model = load_model(Path(self.spec.base_path), dtype, self.computing.attention).to(self.device)
         attempt.go_on()
-        self._prove_flattening()
         self.lora = None if full else self._add_adapter()
         self.parameters = full_weights.train_all(self.model) if full else adapters.adapter_parameters(self.model)
+        self.by_hand = self._speed_up()
+        self._prove_flattening()
         if full:
             full_weights.require_room(attempt.folder, self.parameters, evaluated=self.validation is not None)
         self.optimizer = torch.optim.AdamW(
@@ -140,7 +142,31 @@ class Training:
             step=step,
         )
 
+    def _tell_of_scarce_memory(self) -> None:
+        if not self.computing.fits:
+            self.attempt.note(
+                "memory_may_not_be_enough",
+                mark("This training needs about {needed} GB of memory even at its leanest; it may take {allowed} GB."),
+                needed=self.computing.figures["memory_estimate_gb"],
+                allowed=self.computing.figures["memory_allowed_gb"],
+            )
+
+    def _longest_example(self) -> int:
+        rows = [self.rows] if self.validation is None else [self.rows, self.validation]
+        return max(int(some.lengths.reshape(-1, self.sides).sum(1).max()) for some in rows)
+
     # --- model ---
+
+    def _speed_up(self) -> bool:
+        """Whether the layers are computed by hand from now on."""
+        checkpointing = self.computing.activation_checkpointing
+        if self.device.type == "cpu" and fast_layers.speed_up(
+            self.model, self.computing.dtype, checkpointing=checkpointing
+        ):
+            return True
+        if checkpointing:
+            flattened.checkpoint_layers(self.model)
+        return False
 
     def _prove_flattening(self) -> None:
         lengths = self.rows.lengths
@@ -151,7 +177,7 @@ class Training:
             [packing.flatten(self.rows, [row]) for row in pair],
             packing.flatten(self.rows, pair),
             self.device,
-            tolerance=1e-3 if self.dtype == torch.float32 else 5e-2,
+            tolerance=1e-3 if self.computing.precision == "float32" else 5e-2,
         )
 
     def _add_adapter(self) -> Lora:
@@ -196,12 +222,16 @@ class Training:
         """What was chosen at start, for people to read."""
         return {
             "device": self.device.type,
-            "dtype": str(self.dtype).removeprefix("torch."),
+            "precision": self.computing.precision,
+            "activation_checkpointing": self.computing.activation_checkpointing,
+            "micro_batch_tokens": self.token_budget,
+            "attention": self.computing.attention,
+            "layers": "by hand" if self.by_hand else "plain",
+            "measured": self.computing.figures,
             "threads": self.threads,
             "tokens": "cached" if self.rows.cached else "made",
             "trained_parameters": sum(parameter.numel() for parameter in self.parameters.values()),
             "lora": None if self.lora is None else asdict(self.lora),
-            "token_budget": self.token_budget,
             "optimizer": "AdamW, betas 0.9 and 0.999",
             "schedule": f"warm-up, then cosine to {FINAL_LEARNING_RATE} of the peak",
         }
@@ -254,9 +284,10 @@ class Training:
         try:
             return work()
         except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error) or self.token_budget < TOKEN_BUDGET:
+            if not is_out_of_memory(error) or self.computing.halved:
                 raise
-        self.token_budget = TOKEN_BUDGET // 2
+        self.computing = self.computing.with_half_the_micro_batch().kept_in(self.attempt.folder)
+        self.token_budget = self.computing.micro_batch_tokens
         self.attempt.note(
             "micro_batch_halved",
             mark("Memory ran out, so the work goes on in pieces of {tokens} tokens. The batch size stays."),
@@ -491,18 +522,7 @@ def of_validation(measured: dict[str, float | None], progress: Progress) -> dict
     return {f"{prefix}_{name}": value for prefix in ("valid", "full_valid") for name, value in measured.items()}
 
 
-def choose_numbers(cuda: bool, cuda_bf16: bool) -> tuple[str, torch.dtype]:
-    """(device, dtype of the base). bf16 doubles the speed of GPUs that have it and halves that of most CPUs."""
-    if cuda:
-        return "cuda", torch.bfloat16 if cuda_bf16 else torch.float32
-    return "cpu", torch.float32
-
-
-def _cuda_has_bf16() -> bool:
-    return torch.cuda.is_bf16_supported(including_emulation=False)
-
-
-def load_model(folder: Path, dtype: torch.dtype) -> Any:
+def load_model(folder: Path, dtype: torch.dtype, attention: str = computing.PER_CONVERSATION) -> Any:
     """The base model, dropout off, from local safetensors and transformers' own code only.
 
     Raises InvalidRequest(`base_model_unsupported`).
@@ -516,7 +536,7 @@ def load_model(folder: Path, dtype: torch.dtype) -> Any:
             trust_remote_code=False,
             use_safetensors=True,
             dtype=dtype,
-            attn_implementation=flattened.ATTENTION,
+            attn_implementation=flattened.IMPLEMENTATIONS[attention],
         )
     except (ValueError, KeyError) as error:
         message = mark("The base model in this folder is of an architecture that can't be trained by this release.")
