@@ -42,6 +42,18 @@ async def test_what_is_told_is_what_is_taken(client: httpx.AsyncClient) -> None:
                     assert getattr(run, each["name"]) == each["default"], "the default is what auto becomes"
 
 
+async def test_early_stopping_is_a_switch_or_an_object(client: httpx.AsyncClient) -> None:
+    shown = {each["name"]: each for each in (await told(client))["supervised", "lora"]}["early_stopping"]
+    assert shown["type"] == "boolean" and shown["auto"] == "off"
+    most = {name: field["most"] for name, field in shown["fields"].items()}
+    usual = {name: field["default"] for name, field in shown["fields"].items()}
+    for given, kept in ((True, usual), (most, most), ({}, usual)):
+        assert parse({"early_stopping": given}, method="dpo", context_tokens=64)["early_stopping"] == kept
+    assert "early_stopping" not in parse({"early_stopping": False}, method="dpo", context_tokens=64)
+    with pytest.raises(InvalidRequest):
+        parse({"early_stopping": {"patience": most["patience"] + 1}}, method="dpo", context_tokens=64)
+
+
 async def test_rules_are_sentences_in_both_languages(client: httpx.AsyncClient) -> None:
     english, chinese = await told(client), await told(client, language="zh")
     rules = {each["name"]: each["auto"] for each in english["supervised", "lora"]}

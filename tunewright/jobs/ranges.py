@@ -132,8 +132,7 @@ class Stopping(msgspec.Struct, frozen=True):
         if value in (False, "false"):
             return None
         given = {} if value in (True, "true") else value
-        known: dict[str, Range] = {"patience": Whole(1, 100, ""), "min_delta": Fraction(0.0, 100.0, "")}
-        if not isinstance(given, Mapping) or not known.keys() >= given.keys():
+        if not isinstance(given, Mapping) or not _STOPPING.keys() >= given.keys():
             raise InvalidRequest(
                 "invalid_value",
                 mark("{field} must be true, false or an object with patience and min_delta, not {value}."),
@@ -141,12 +140,19 @@ class Stopping(msgspec.Struct, frozen=True):
                 field=param,
                 value=quote(value),
             )
-        found: dict[str, int | float] = {"patience": 3, "min_delta": 0.0}
+        found: dict[str, int | float] = {name: range_.default for name, range_ in _STOPPING.items()}
         asked = {name: one for name, one in given.items() if one not in (None, "auto")}
-        return found | {name: known[name].read(f"{param}.{name}", one) for name, one in asked.items()}
+        return found | {name: _STOPPING[name].read(f"{param}.{name}", one) for name, one in asked.items()}
 
     def shape(self) -> dict[str, Any]:
-        return {"type": "boolean"}
+        fields = {name: {**range_.shape(), "default": range_.default} for name, range_ in _STOPPING.items()}
+        return {"type": "boolean", "fields": fields}
+
+
+_STOPPING: dict[str, Range] = {
+    "patience": Whole(1, 100, auto="", default=3),
+    "min_delta": Fraction(0.0, 100.0, auto="", default=0.0),
+}
 
 
 def _number(value: Any) -> int | float | None:
