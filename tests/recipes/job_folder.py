@@ -1,5 +1,6 @@
 """A job's work folder as the server would make it, around a tiny model, and the real trainer process in it."""
 
+import atexit
 import json
 import signal
 import subprocess
@@ -8,11 +9,13 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import closing
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from tests.recipes.nursery import Child, Nursery
 from tunewright.errors import TunewrightError
 from tunewright.files_on_disk import sha256_of
 from tunewright.jobs.spec import Hyperparameters, JournalRecord, Metrics, Note, TrainingSpec, decode_record
@@ -101,9 +104,22 @@ def start_trainer(spec: TrainingSpec) -> subprocess.Popen[bytes]:
         )
 
 
-def run_trainer(spec: TrainingSpec) -> int:
+@cache
+def nursery() -> Nursery:
+    """One for all tests."""
+    found = Nursery()
+    atexit.register(found.close)
+    return found
+
+
+def fork_trainer(spec: TrainingSpec, death: tuple[str, int] | None = None) -> Child:
+    """The same as `start_trainer`, but for the import of libraries, which is done already. `death` is one of `deaths.py`."""
+    return nursery().start(Path(spec.work_folder), Path(spec.work_folder) / f"log-{spec.attempt}.txt", death)
+
+
+def run_trainer(spec: TrainingSpec, death: tuple[str, int] | None = None) -> int:
     """Run a trainer process to its end; returns the exit code."""
-    return start_trainer(spec).wait(120)
+    return fork_trainer(spec, death).wait(120)
 
 
 def records(spec: TrainingSpec) -> list[JournalRecord]:
@@ -121,7 +137,7 @@ def log_text(spec: TrainingSpec) -> str:
 
 def signal_at_step(spec: TrainingSpec, step: int, number: signal.Signals) -> int:
     """Start a trainer and signal it as soon as its journal shows `step`; returns the exit code."""
-    process = start_trainer(spec)
+    process = fork_trainer(spec)
     mark = b'"step":%d,' % step
     journal = Path(spec.work_folder) / f"journal-{spec.attempt}.jsonl"
     deadline = time.monotonic() + 120

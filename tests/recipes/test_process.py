@@ -11,6 +11,7 @@ import pytest
 from tests.contract import rows as contract_rows
 from tests.recipes.job_folder import (
     codes,
+    fork_trainer,
     log_text,
     losses,
     next_attempt,
@@ -36,7 +37,7 @@ def wait_for(path: Path, limit_s: float = 60) -> None:
 
 
 def test_killed_and_stopped_trainers_end_as_if_nothing_had_happened(tmp_path: Path, base: Path) -> None:
-    many = {"n_epochs": 40, "checkpoint_every_s": 0.01}
+    many = {"n_epochs": 40, "checkpoint_every_s": 0.1}
     whole = train_here(write_job(tmp_path / "whole", base, **many))
     spec = write_job(tmp_path / "job", base, **many)
 
@@ -63,7 +64,7 @@ def test_killed_and_stopped_trainers_end_as_if_nothing_had_happened(tmp_path: Pa
 def test_identity_heartbeat_and_lock(tmp_path: Path, base: Path) -> None:
     folder = tmp_path / "job"
     spec = write_job(folder, base, n_epochs=100_000)
-    process = start_trainer(spec)
+    process = fork_trainer(spec)
     try:
         wait_for(folder / "trainer.json")
         told = msgspec.json.decode((folder / "trainer.json").read_bytes(), type=TrainerProcess)
@@ -86,7 +87,7 @@ def test_identity_heartbeat_and_lock(tmp_path: Path, base: Path) -> None:
 def test_a_newer_attempt_silences_the_older_one(tmp_path: Path, base: Path) -> None:
     folder = tmp_path / "job"
     spec = write_job(folder, base, n_epochs=100_000)
-    process = start_trainer(spec)
+    process = fork_trainer(spec)
     wait_for(folder / "checkpoints" / "step-4")
     (folder / "attempt").write_text("2")
     assert process.wait(60) == 75
@@ -121,7 +122,7 @@ def test_a_crash_says_nothing_to_the_server_and_all_to_the_log(tmp_path: Path, b
 def test_r42_a_full_disk_costs_the_checkpoint_only(tmp_path: Path, base: Path, limit: int) -> None:
     """No file may grow beyond `limit`: the adapter (19848 bytes), the random states or the optimizer's do not fit."""
     spec = write_job(tmp_path / "job", base, n_epochs=2)
-    process = start_trainer(spec)
+    process = fork_trainer(spec)
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (limit, limit))
     assert process.wait(120) == 0
     found = records(spec)
