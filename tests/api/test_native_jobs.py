@@ -6,7 +6,7 @@ import httpx
 import pytest
 
 from tests.api.test_jobs import created
-from tests.api.world import World
+from tests.api.world import PREFIXES, World
 
 JOBS = "/api/v1/jobs"
 
@@ -139,3 +139,27 @@ async def test_extra_body_reaches_the_hyperparameters(world: World, client: http
     job = await created(world, client, "/api/paas/v4", lora_rank="4", max_length=128, hyperparameters={"lora_rank": 6})
     assert job["hyperparameters"]["lora_rank"] == 6, "what is nearer to its name wins"
     assert job["hyperparameters"]["max_length"] == 128
+
+
+async def test_a_queued_job_shows_its_place_under_every_prefix(world: World, client: httpx.AsyncClient) -> None:
+    jobs = [await made(world, client), await created(world, client, "/api/paas/v4", priority="high")]
+    assert [job["priority"] for job in jobs] == ["normal", "high"] and jobs[0]["queue"] is jobs[1]["queue"] is None
+    with world.platform.storage.write() as tx:
+        for job in jobs:
+            stored = tx.jobs.get(world.project_id, job["id"])
+            assert stored is not None
+            tx.jobs.change(stored, status="queued")
+    urls = [f"{JOBS}/{jobs[0]['id']}", *(f"{prefix}/fine_tuning/jobs/{jobs[1]['id']}" for prefix in PREFIXES)]
+    normal, *high = [(await client.get(url, headers={"Accept-Language": "zh"})).json()["queue"] for url in urls]
+    assert high[0] == high[1] and high[0]["position"] < normal["position"] == normal["ahead"] + 1
+    assert (high[0]["waits_for"]["code"], high[0]["waits_for"]["message"]) == ("start", "即将开始。")
+    assert normal["waits_for"]["code"] == "turn" and normal["estimated_start"] is None and normal["sources"] == []
+    changed = await client.patch(f"{JOBS}/{jobs[1]['id']}", json={"priority": "low"})
+    assert (changed.json()["priority"], changed.json()["queue"]["waits_for"]["code"]) == ("low", "turn")
+    listed = {job["id"]: job["queue"] for job in (await client.get(JOBS + "?status=queued")).json()["data"]}
+    assert listed[jobs[0]["id"]]["position"] < listed[jobs[1]["id"]]["position"]
+    for value in ("urgent", 1, ["high"]):
+        wrong = await client.patch(f"{JOBS}/{jobs[1]['id']}", json={"priority": value})
+        assert (wrong.status_code, wrong.json()["error"]["param"]) == (400, "priority")
+    for job in jobs:
+        await client.post(f"{JOBS}/{job['id']}/cancel")
