@@ -208,17 +208,18 @@ def _waits_for(
         return "place", text, {"running": len(running), "most": room.places}
     if not scheduling.fits(job, running, room):
         held = sum(trainer.memory_bytes for trainer in running)
+        if job.memory_bytes <= room.memory_bytes - held:
+            return "gpu", mark("All GPUs are taken."), {}
         text = mark(
             "It needs {need} GB of memory. Of {most} GB, {held} GB are held by running jobs, {engines} GB by models served."
         )
-        values = {"need": job.memory_bytes, "held": held, "engines": room.most_memory_bytes - room.memory_bytes}
-        if job.memory_bytes <= room.memory_bytes - held:
-            return "gpu", mark("All GPUs are taken."), {}
-        return (
-            "memory",
-            text,
-            {name: gigabytes(size) for name, size in (values | {"most": room.most_memory_bytes}).items()},
-        )
+        sizes = {
+            "need": job.memory_bytes,
+            "most": room.most_memory_bytes,
+            "held": held,
+            "engines": room.most_memory_bytes - room.memory_bytes,
+        }
+        return "memory", text, {name: gigabytes(size) for name, size in sizes.items()}
     text = mark("{ahead} jobs are ahead of it.")
     return "turn", text, {"ahead": position - 1}
 
