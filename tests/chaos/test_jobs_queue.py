@@ -231,6 +231,8 @@ def test_a_gpu_is_for_one_trainer(bench: Bench) -> None:
     for _ in range(5):
         bench.controller.run_once()
     assert bench.jobs.places()[second.id].waits_for == "gpu"
+    spec = json.loads((bench.home.jobs / first.id / "spec.json").read_bytes())
+    assert spec["memory_limit_bytes"] == 0, "what is free on the GPU, the trainer sees for itself"
     for job in (first, second):
         bench.jobs.cancel(PROJECT, job.id)
         bench.until_over(job.id)

@@ -70,9 +70,10 @@ class Line:
 
     def within_limits(self, job: Job, spec: TrainingSpec) -> TrainingSpec:
         """The spec with the job's share of processors and memory. A trainer that is the only one on a machine that the
-        operator has not divided looks itself at what is free."""
-        alone = self._settings.max_running_jobs == 1 and not self._settings.memory_bytes
-        limit = 0 if alone else min(job.resources.get("limit_bytes", 0), self.room().memory_bytes)
+        operator has not divided looks itself at what is free, and so does one that has a GPU for itself."""
+        room = self.room()
+        alone = room.gpus > 0 or (room.places == 1 and not self._settings.memory_bytes)
+        limit = 0 if alone else min(job.resources.get("limit_bytes", 0), room.memory_bytes)
         return msgspec.structs.replace(spec, threads=self.threads(), memory_limit_bytes=limit)
 
     def next_start(self, tx: "Transaction", waiting: list[Job], busy: list[Job]) -> tuple[Job, list[Job]] | None:
