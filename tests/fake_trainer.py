@@ -48,6 +48,8 @@ class Orders(msgspec.Struct):
     fails: int = 99
     """How many attempts fail."""
     wrong_hash: bool = False
+    adapters: bool = False
+    """Checkpoints hold adapters; the newest two and that of step 2 are kept."""
     holds: list[int] = []
     """Attempt n waits after step holds[n - 1] until it is asked to stop, killed, or there is a file `go`."""
 
@@ -137,8 +139,27 @@ class Trainer:
         prepared.mkdir(parents=True)
         (prepared / "state.json").write_text(json.dumps({"step": step}))
         (prepared / "MANIFEST.json").write_text(json.dumps({"state.json": sha256_of(prepared / "state.json")}))
+        sha256, kept = None, None
+        if self.orders.adapters:
+            (prepared / "adapter_config.json").write_text("{}")
+            (prepared / "adapter_model.safetensors").write_bytes(f"weights of step {step}".encode())
+            sha256 = sha256_of(prepared / "adapter_model.safetensors")
         publish_folder(prepared, final)
-        self.write(Checkpoint(step=step, path=f"checkpoints/step-{step}", metrics={"step": step, "train_loss": 1.0}))
+        if self.orders.adapters:
+            steps = sorted(int(path.name.removeprefix("step-")) for path in final.parent.glob("step-*"))
+            kept = sorted({*steps[-2:], *(step for step in steps if step == 2)})
+            for old in set(steps) - set(kept):
+                shutil.rmtree(final.parent / f"step-{old}")
+        self.write(
+            Checkpoint(
+                step=step,
+                path=f"checkpoints/step-{step}",
+                metrics={"step": step, "train_loss": 1.0, "full_valid_loss": abs(step - 2) + 0.5},
+                kept=kept,
+                adapter_sha256=sha256,
+                renderer_hash="r" * 64,
+            )
+        )
 
     def newest_checkpoint(self) -> int:
         found = (self.folder / "checkpoints").glob("step-*/MANIFEST.json")

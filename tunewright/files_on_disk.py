@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -47,6 +48,16 @@ def writing(path: Path, mode: int = 0o600) -> Iterator[BinaryIO]:
         temporary.unlink(missing_ok=True)
         raise
     fsync_folder(path.parent)
+
+
+def link_or_copy(path: Path, target: Path) -> None:
+    """A second name for a file, or a copy where there can be none. A link that `path` may be is taken as a link."""
+    try:
+        os.link(path, target, follow_symlinks=False)
+    except FileNotFoundError:
+        raise
+    except OSError:  # another file system, or links forbidden there
+        shutil.copyfile(path, target, follow_symlinks=False)
 
 
 def publish_folder(prepared: Path, final: Path) -> None:

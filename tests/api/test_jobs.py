@@ -235,6 +235,9 @@ async def test_events_and_checkpoints(world: World, client: httpx.AsyncClient) -
                 "fine_tuning_job_id": made["id"],
                 "metrics": {"step": 3},
                 "step_number": 3,
+                "best": False,
+                "last": True,
+                "proof": None,
             }
         ]
         assert checkpoints["has_more"] is False and checkpoints["first_id"] == "ftckpt-1"

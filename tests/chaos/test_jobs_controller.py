@@ -71,7 +71,7 @@ def test_a_job_from_created_to_a_ready_model(bench: Bench) -> None:
     table = b"".join(bench.blobs.read(f"files/{PROJECT}/{file.id}")).decode().splitlines()
     assert table[0] == "step,train_loss,train_accuracy,valid_loss,valid_mean_token_accuracy"
     assert len(table) == 7 and table[1].startswith("1,3.005,0.5,") and table[6].split(",")[3] == "2.0"
-    steps = [checkpoint.step for checkpoint in bench.jobs.checkpoints(PROJECT, job.id)[0]]
+    steps = [checkpoint.step for checkpoint in bench.jobs.checkpoints(PROJECT, job.id).checkpoints]
     assert steps == [6, 3]
     assert bench.prover.warmed == ["tiny"]
     assert bench.processes_left(job.id) == []
@@ -416,7 +416,7 @@ def test_replaying_a_journal_adds_nothing(bench: Bench) -> None:
     (bench.home.jobs / job.id / "go").touch()
     bench.until_over(job.id)
     assert bench.losses(job.id) == whole_run(5, 8)
-    assert [checkpoint.step for checkpoint in bench.jobs.checkpoints(PROJECT, job.id)[0]] == [8, 6, 4, 2]
+    assert [checkpoint.step for checkpoint in bench.jobs.checkpoints(PROJECT, job.id).checkpoints] == [8, 6, 4, 2]
 
 
 def test_a_second_loop_does_nothing_while_the_first_has_the_lease(bench: Bench) -> None:

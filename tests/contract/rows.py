@@ -100,6 +100,9 @@ def job(project_id: str, **changes: Any) -> Job:
         "journal_offset": 2**35,
         "total_steps": 9,
         "step": 4,
+        "checkpoint_step": 3,
+        "options": {"receipts": "off"},
+        "receipts": {"rows": 2},
         "rehearsal": {"status": "done", "memory_peak_bytes": 2**33, "price": None},
         "choices": {"dtype": "bfloat16"},
         "priority": "high",
@@ -136,6 +139,9 @@ def checkpoint(of: Job, step: int, **changes: Any) -> JobCheckpoint:
         "id": new_id("ftckpt"),
         "metrics": {"loss": 1.5},
         "path": f"checkpoints/step-{step}",
+        "adapter_sha256": "4" * 64,
+        "renderer_hash": "5" * 64,
+        "proof": {"tensors": 4},
         "created_at": NOON,
     }
     values |= {"job_id": of.id, "project_id": of.project_id, "step": step}

@@ -44,6 +44,8 @@ LISTS: dict[str, Ask] = {
     "an event of a code": lambda tx, p, ids: tx.jobs.has_event(p, ids["job"], "none"),
     "events since": lambda tx, p, ids: tx.jobs.events_since(p, ids["job"], after_id=ids["event"], limit=2),
     "checkpoints": lambda tx, p, ids: tx.jobs.list_checkpoints(p, ids["job"], after=ids["checkpoint"], limit=2),
+    "one checkpoint": lambda tx, p, ids: tx.jobs.find_checkpoint(p, ids["job"], 1),
+    "models in use": lambda tx, p, ids: tx.jobs.models_in_use(p),
     "models": lambda tx, p, ids: tx.models.list(p),
     "one file": lambda tx, p, ids: tx.files.get(p, ids["file"]),
     "one job": lambda tx, p, ids: tx.jobs.get(p, ids["job"]),

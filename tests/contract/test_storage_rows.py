@@ -400,6 +400,14 @@ def test_checkpoints(storage: Storage, ours: Project) -> None:
         assert tx.jobs.list_checkpoints(ours.id, of.id, after=newest_first[0].id, limit=1) == newest_first[1:2]
     with pytest.raises(InvalidRequest), storage.read() as tx:
         tx.jobs.list_checkpoints(ours.id, of.id, after="unknown", limit=1)
+    with storage.write() as tx:
+        tx.jobs.drop_checkpoints(ours.id, of.id, [2, 6])
+        tx.jobs.prove_checkpoint(ours.id, of.id, 4, {"tensors": 9})
+    with storage.read() as tx:
+        assert [each.step for each in tx.jobs.list_checkpoints(ours.id, of.id, after=None, limit=9)] == [4]
+        found = tx.jobs.find_checkpoint(ours.id, of.id, 4)
+        assert found is not None and (found.id, found.proof) == (stored[1].id, {"tensors": 9})
+        assert tx.jobs.find_checkpoint(ours.id, of.id, 6) is None
 
 
 def test_models(storage: Storage, ours: Project) -> None:

@@ -131,10 +131,30 @@ def test_a_job_runs_and_its_model_answers(client: OpenAI, live_server: LiveServe
     )
     assert answer.usage is not None and answer.usage.completion_tokens > 0
 
+    last, earlier = checkpoints[:2]
+    assert (last.to_dict()["last"], earlier.to_dict()["last"], last.to_dict()["proof"]) == (True, False, None)
+    assert client.models.retrieve(earlier.fine_tuned_model_checkpoint).id == earlier.fine_tuned_model_checkpoint
+    answers = {
+        name: client.chat.completions.create(
+            model=name, messages=[{"role": "user", "content": "What is number 1?"}], temperature=0
+        ).choices[0]
+        for name in (last.fine_tuned_model_checkpoint, earlier.fine_tuned_model_checkpoint)
+    }
+    assert answers[last.fine_tuned_model_checkpoint].message.content == answer.choices[0].message.content
+    proofs = [made.to_dict()["proof"] for made in client.fine_tuning.jobs.checkpoints.list(job.id, limit=2)]
+    assert all(proof["tensors_applied"] == proof["tensors"] > 0 for proof in proofs)  # type: ignore[index]
+    assert proofs[0]["max_logit_shift"] != proofs[1]["max_logit_shift"]  # type: ignore[index]
+    following = client.fine_tuning.jobs.create(
+        model=earlier.fine_tuned_model_checkpoint, training_file=file.id, hyperparameters={"n_epochs": 1}
+    )
+    assert live_server.wait(following.id)["status"] == "succeeded"
+
     assert client.models.delete(job.fine_tuned_model).deleted is True
-    with pytest.raises(openai.NotFoundError) as gone:
-        client.chat.completions.create(model=job.fine_tuned_model, messages=[{"role": "user", "content": "hi"}])
-    assert gone.value.code == "model_not_found"
+    assert list(client.fine_tuning.jobs.checkpoints.list(job.id)) == []
+    for name in (job.fine_tuned_model, last.fine_tuned_model_checkpoint):
+        with pytest.raises(openai.NotFoundError) as gone:
+            client.chat.completions.create(model=name, messages=[{"role": "user", "content": "hi"}])
+        assert gone.value.code == "model_not_found"
 
 
 def test_cancel_is_final_and_can_be_repeated(client: OpenAI, live_server: LiveServer) -> None:

@@ -253,10 +253,8 @@ class JobRoutes:
     def checkpoints(self, job_id: str, caller: CallerOf, jobs: JobsOf, after: After, limit: Limit = None) -> Json:
         """Newest first."""
         job = jobs.get(caller.project_id, job_id)
-        found, more = jobs.checkpoints(
-            caller.project_id, job_id, after=after, limit=clamped(limit, 10, MOST_CHECKPOINTS)
-        )
-        return Json(page(found, more, lambda checkpoint: checkpoint_object(checkpoint, job)))
+        found = jobs.checkpoints(caller.project_id, job_id, after=after, limit=clamped(limit, 10, MOST_CHECKPOINTS))
+        return Json(page(found.checkpoints, found.has_more, lambda each: checkpoint_object(each, job, found)))
 
     def delete_model(self, request: Request, name: str, caller: CallerOf, models: ModelsOf) -> Json:
         """Remove a tuned model; a second time gives the same answer."""

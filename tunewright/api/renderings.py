@@ -7,7 +7,8 @@ from tunewright.datasets.presentation import status_sentence
 from tunewright.datasets.records import File
 from tunewright.i18n import translate
 from tunewright.jobs.line import QueuePlace
-from tunewright.jobs.records import Job, JobCheckpoint, JobEvent
+from tunewright.jobs.records import CheckpointPage, Job, JobCheckpoint, JobEvent
+from tunewright.models.checkpoint_names import checkpoint_name
 from tunewright.models.service import Card
 
 _PUBLIC_HYPERPARAMETERS = ("n_epochs", "batch_size", "learning_rate_multiplier")
@@ -67,6 +68,7 @@ def job_object(
         "organization_id": job.project_id,
         "trained_tokens": job.trained_tokens,
         "result_files": list(job.result_files),
+        "checkpoint_step": job.checkpoint_step,
         "rows": job.rows or None,
         "max_bad_rows": job.tolerance.get("max_bad_rows"),
         "max_bad_ratio": job.tolerance.get("max_bad_ratio"),
@@ -105,16 +107,19 @@ def event_object(event: JobEvent, language: str) -> dict[str, Any]:
     }
 
 
-def checkpoint_object(checkpoint: JobCheckpoint, job: Job) -> dict[str, Any]:
-    """A checkpoint of `job`."""
+def checkpoint_object(checkpoint: JobCheckpoint, job: Job, page: CheckpointPage) -> dict[str, Any]:
+    """A checkpoint of `job`; `page` is the one that it stands on."""
     return {
         "object": "fine_tuning.job.checkpoint",
         "id": checkpoint.id,
         "created_at": checkpoint.created_at,
-        "fine_tuned_model_checkpoint": f"{job.tuned_model_name}:ckpt-step-{checkpoint.step}",
+        "fine_tuned_model_checkpoint": checkpoint_name(job.tuned_model_name, checkpoint.step),
         "fine_tuning_job_id": job.id,
         "metrics": checkpoint.metrics,
         "step_number": checkpoint.step,
+        "best": checkpoint.step == page.best_step,
+        "last": checkpoint.step == page.last_step,
+        "proof": checkpoint.proof or None,
     }
 
 

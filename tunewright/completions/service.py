@@ -113,6 +113,8 @@ class CompletionService:
                 base=base.code,
                 model=request.model,
             )
+        if resolved.tuned is not None and not resolved.tuned.proof:
+            self._prove(caller, request.model, base, resolved.tuned)
         conversation = request.conversation
         if not offers_tools(request):
             conversation = Conversation(messages=conversation.messages)
@@ -129,6 +131,15 @@ class CompletionService:
         grammar = answer_grammar(request, renderer)
         order = msgspec.structs.replace(order, grammar=grammar, grammar_begun=ids)
         return base, resolved.tuned, renderer, order, opening
+
+    def _prove(self, caller: Caller, name: str, base: Base, checkpoint: TunedModel) -> None:
+        """Measure the effect of a checkpoint that is called for the first time; what has none is not served."""
+        try:
+            proof = self._pool.prove(base, checkpoint)
+        except InvalidRequest:
+            self._models.resolve(caller.project_id, name)  # it may just have had its day
+            raise
+        self._models.keep_proof(checkpoint, proof)
 
     def _context(self, base: Base) -> int:
         return min(base.context_tokens, self._settings.engine_context_tokens)

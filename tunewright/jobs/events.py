@@ -98,6 +98,8 @@ def checkpoint(job: Job, record: Checkpoint) -> JobCheckpoint:
         step=record.step,
         metrics={name: finite(value) for name, value in record.metrics.items()},
         path=record.path,
+        adapter_sha256=record.adapter_sha256,
+        renderer_hash=record.renderer_hash,
         created_at=wall_s(),
     )
 

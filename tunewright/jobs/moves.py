@@ -375,11 +375,14 @@ class Moves:
         while True:
             batch = read_batch(self._trainers.journal(job), job.journal_offset)
             if batch.offset > job.journal_offset:
+                checkpoints = self._publication.take_checkpoints(job, batch)
                 with self._storage.write() as tx:
-                    changed = progress.store(tx, job, batch)
+                    changed = progress.store(tx, job, batch, checkpoints)
                 if changed is None:
                     return None
                 job = changed
+                if checkpoints:
+                    self._publication.drop_checkpoints(job)
             if batch.terminal is not None or not batch.more:
                 return job, batch.terminal
 

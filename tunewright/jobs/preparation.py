@@ -16,6 +16,7 @@ from tunewright.jobs.needs import needs
 from tunewright.jobs.records import Job
 from tunewright.jobs.recovery import MICRO_BATCH_HALVED
 from tunewright.jobs.spec import DataChoice, Hyperparameters, RowChoice, TrainingSpec
+from tunewright.models.checkpoint_names import find_model
 from tunewright.models.records import Base, TunedModel
 from tunewright.settings import HomeFolder, Settings
 
@@ -223,7 +224,7 @@ class Preparation:
     def _start_model(self, job: Job) -> TunedModel | None:
         """The model to continue from, None when the job starts from the base."""
         with self._storage.read() as tx:
-            model = tx.models.find(job.project_id, job.model)
+            model = find_model(tx, job.project_id, job.model)
         if model is not None and (model.status != "ready" or model.adapter_path is None):
             raise NotFound(
                 "model_not_found", mark("The model {model} to continue from is gone."), param="model", model=job.model

@@ -10,27 +10,48 @@ from tunewright.jobs import events
 from tunewright.jobs.journal_reader import Batch
 from tunewright.jobs.records import Job, JobCheckpoint, JobEvent
 from tunewright.jobs.spec import Checkpoint, Metrics, Note, Started
+from tunewright.models.checkpoint_names import checkpoint_name
 
 if TYPE_CHECKING:
     from tunewright.storage import Transaction
 
 
-def store(tx: "Transaction", job: Job, batch: Batch) -> Job | None:
-    """`job` after `batch`, or None if its state or attempt changed meanwhile: then nothing was stored.
+def store(tx: "Transaction", job: Job, batch: Batch, checkpoints: list[Checkpoint]) -> Job | None:
+    """`job` after `batch`, or None if its state or attempt changed meanwhile: then nothing was stored. `checkpoints` are those
+    of its checkpoints that are there.
 
     Events and the journal offset go in together, so every record counts exactly once whatever dies when.
     """
-    checkpoints = [events.checkpoint(job, record) for record in batch.records if isinstance(record, Checkpoint)]
     changes = _changes(job, batch)
-    if checkpoints and max(c.step for c in checkpoints) > last_checkpoint_step(tx, job):
+    told = [record.step for record in batch.records if isinstance(record, Checkpoint)]
+    if told and max(told) > last_checkpoint_step(tx, job):
         changes["failures"] = 0  # real progress: not a crash loop
     changed = tx.jobs.change(job, **changes)
     if changed is None:
         return None
     tx.jobs.add_events(_events(changed, batch))
-    for checkpoint in checkpoints:
-        tx.jobs.add_checkpoint(checkpoint)
+    for record in checkpoints:
+        tx.jobs.add_checkpoint(events.checkpoint(job, record))
+    kept = kept_steps(batch)
+    if kept is not None:
+        _forget_others(tx, job, kept)
     return changed
+
+
+def kept_steps(batch: Batch) -> set[int] | None:
+    """The steps whose checkpoints the trainer had after the last of these records; None if it does not say."""
+    kept = [record.kept for record in batch.records if isinstance(record, Checkpoint)]
+    return set(kept[-1]) if kept and kept[-1] is not None else None
+
+
+def _forget_others(tx: "Transaction", job: Job, kept: set[int]) -> None:
+    """Checkpoints that had their day go, but for those that a waiting job continues from."""
+    there = tx.jobs.list_checkpoints(job.project_id, job.id, after=None, limit=1000)
+    gone = {row.step for row in there} - kept
+    if gone:
+        in_use = set(tx.jobs.models_in_use(job.project_id))
+        gone = {step for step in gone if checkpoint_name(job.tuned_model_name, step) not in in_use}
+        tx.jobs.drop_checkpoints(job.project_id, job.id, sorted(gone))
 
 
 def last_checkpoint_step(tx: "Transaction", job: Job) -> int:

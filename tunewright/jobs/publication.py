@@ -15,11 +15,12 @@ from tunewright.files_on_disk import publish_folder, sha256_of, write_atomically
 from tunewright.i18n import mark
 from tunewright.ids import new_id
 from tunewright.jobs import events
-from tunewright.jobs.journal_reader import first_record
+from tunewright.jobs.journal_reader import Batch, first_record
 from tunewright.jobs.ports import OnEnd, Prover
-from tunewright.jobs.progress import all_events
+from tunewright.jobs.progress import all_events, kept_steps
 from tunewright.jobs.records import SUCCEEDED, Job
-from tunewright.jobs.spec import MANIFEST, Finished
+from tunewright.jobs.spec import MANIFEST, Checkpoint, Finished
+from tunewright.models.checkpoint_files import CheckpointFiles
 from tunewright.models.records import FULL, Base, TunedModel
 from tunewright.settings import HomeFolder
 
@@ -53,8 +54,27 @@ class Publication:
         self._blobs = blobs
         self._models = models
         self._home = home
+        self._checkpoints = CheckpointFiles(home)
         self._prover = prover
         self._on_end = on_end
+
+    def take_checkpoints(self, job: Job, batch: Batch) -> list[Checkpoint]:
+        """Bring the adapters of the batch's checkpoints to where they outlive the work folder; those that are there."""
+        kept = kept_steps(batch)
+        found = [record for record in batch.records if isinstance(record, Checkpoint)]
+        return [record for record in found if (kept is None or record.step in kept) and self._take(job, record)]
+
+    def _take(self, job: Job, record: Checkpoint) -> bool:
+        if record.adapter_sha256 is None:
+            return True
+        source = self._home.jobs / job.id / record.path
+        return self._checkpoints.add(source, job.tuned_model_id, record.step, job.base_code)
+
+    def drop_checkpoints(self, job: Job) -> None:
+        """Remove the adapters of checkpoints that the database does not know any more."""
+        with self._storage.read() as tx:
+            rows = tx.jobs.list_checkpoints(job.project_id, job.id, after=None, limit=1000)
+        self._checkpoints.keep_only(job.tuned_model_id, {row.step for row in rows})
 
     def prove(self, job: Job, base: Base, finished: Finished) -> Proven:
         """Move the adapter to its place and have its effect measured. Slow: an engine may have to start.
@@ -83,7 +103,7 @@ class Publication:
             adapter_path=folder.name,
             adapter_sha256=finished.adapter_sha256,
             renderer_hash=started.renderer_hash,
-            checkpoint_step=job.step,
+            checkpoint_step=job.step if finished.step is None else finished.step,
             proof={"kind": FULL} if full else {},
         )
         return Proven(model, self._prover.prove(base, model) | model.proof)
@@ -101,6 +121,7 @@ class Publication:
                 estimated_finish=None,
                 trained_tokens=finished.trained_tokens,
                 result_files=(file.id,),
+                checkpoint_step=model.checkpoint_step,
             )
             if changed is None:
                 return None

@@ -1,6 +1,6 @@
 """A fine-tuning job, its events and its checkpoints, and the one table of legal moves."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -100,6 +100,12 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     journal_offset: int = 0
     total_steps: int | None = None
     step: int = 0
+    checkpoint_step: int | None = None
+    """The step whose weights were published."""
+    options: dict[str, Any] = {}
+    """What else the caller chose: `receipts`, `tensorboard`."""
+    receipts: dict[str, Any] = {}
+    """What became of the rows: the file of their receipts and counts of its flags. Empty if there are none."""
     rehearsal: dict[str, Any] = {}
     """What became of the dress rehearsal (`jobs/rehearsals.py`): `status` and what was measured. Empty before it is decided."""
     choices: dict[str, Any] = {}
@@ -151,4 +157,23 @@ class JobCheckpoint(msgspec.Struct, frozen=True, kw_only=True):
     step: int
     metrics: dict[str, Any]
     path: str
+    adapter_sha256: str | None = None
+    """Of the weights of its adapter, which lies with the model; None for a whole model, which stays in the work folder."""
+    renderer_hash: str | None = None
+    proof: dict[str, Any] = {}
+    """What the engine measured when it was first called."""
     created_at: int
+
+    @property
+    def validation_loss(self) -> float | None:
+        """None where it was not measured at this step."""
+        return self.metrics.get("full_valid_loss")
+
+
+class CheckpointPage(NamedTuple):
+    """Newest first. `last_step` and `best_step` (with the lowest validation loss; None without any) are of all of the job's."""
+
+    checkpoints: list[JobCheckpoint]
+    has_more: bool
+    last_step: int | None
+    best_step: int | None

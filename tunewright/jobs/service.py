@@ -27,10 +27,11 @@ from tunewright.jobs.records import (
     SUCCEEDED,
     TERMINAL,
     VALIDATING,
+    CheckpointPage,
     Job,
-    JobCheckpoint,
     JobEvent,
 )
+from tunewright.models.checkpoint_files import CheckpointFiles
 from tunewright.models.records import FULL, Base, TunedModel
 from tunewright.settings import HomeFolder, Settings
 
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 __all__ = ["CreateJob", "JobService"]
 
 _ROUTE = "fine_tuning.jobs"
+_MOST_CHECKPOINTS = 1000
 _WAITING = frozenset({VALIDATING, QUEUED, PAUSED})
 
 
@@ -64,6 +66,7 @@ class JobService:
         self._catalogue = catalogue
         self._models = models
         self._home = home
+        self._checkpoints = CheckpointFiles(home)
         self._settings = settings
         self._line = line
         self.on_change: Callable[[], None] = lambda: None
@@ -204,7 +207,7 @@ class JobService:
         )
 
     def delete(self, project_id: str, job_id: str) -> Job:
-        """The job's last state. Its events, checkpoints and work folder go; a model it made stays.
+        """The job's last state. Its events and work folder go; a model it made stays, and with it its checkpoints.
 
         Raises NotFound, Conflict(`job_not_finished`).
         """
@@ -219,9 +222,15 @@ class JobService:
                 )
             deleted = _change(tx, job, deleted_at=wall_s())
             model = tx.models.get(project_id, job.tuned_model_id)
-            if model is not None and model.status == "training":
+            unfinished = model is not None and model.status == "training"
+            if model is not None and unfinished:
                 tx.models.change(model, status="deleted", deleted_at=wall_s())
+            rows = tx.jobs.list_checkpoints(project_id, job.id, after=None, limit=_MOST_CHECKPOINTS)
+            gone = [row.step for row in rows if unfinished or row.adapter_sha256 is None]
+            tx.jobs.drop_checkpoints(project_id, job.id, gone)
         shutil.rmtree(self._home.jobs / job.id, ignore_errors=True)
+        if unfinished:
+            self._checkpoints.remove_all(job.tuned_model_id)
         return deleted
 
     def sweep(self) -> None:
@@ -246,14 +255,19 @@ class JobService:
             _known(tx, project_id, job_id)
             return tx.jobs.events_since(project_id, job_id, after_id=after_id, limit=limit)
 
-    def checkpoints(
-        self, project_id: str, job_id: str, *, after: str | None = None, limit: int = 10
-    ) -> tuple[list[JobCheckpoint], bool]:
-        """Newest first, and whether there are older ones. Raises NotFound."""
+    def checkpoints(self, project_id: str, job_id: str, *, after: str | None = None, limit: int = 10) -> CheckpointPage:
+        """Raises NotFound."""
         with self._storage.read() as tx:
             _known(tx, project_id, job_id)
             found = tx.jobs.list_checkpoints(project_id, job_id, after=after, limit=limit + 1)
-        return found[:limit], len(found) > limit
+            every = tx.jobs.list_checkpoints(project_id, job_id, after=None, limit=_MOST_CHECKPOINTS)
+        measured = [(row.validation_loss, row.step) for row in every if row.validation_loss is not None]
+        return CheckpointPage(
+            checkpoints=found[:limit],
+            has_more=len(found) > limit,
+            last_step=every[0].step if every else None,
+            best_step=min(measured)[1] if measured else None,
+        )
 
     def list(
         self,

@@ -1,12 +1,11 @@
 """What a folder of weights may contain. Everything that could run code is refused by name before anything is opened."""
 
 import json
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
 from tunewright.errors import InvalidRequest, quote
+from tunewright.files_on_disk import link_or_copy
 from tunewright.i18n import mark
 
 _UNSAFE_SUFFIXES = (
@@ -31,7 +30,7 @@ def copy_model_files(folder: Path, target: Path) -> None:
         raise _unsafe(unsafe or [quote(folder.name)])
     for path in sorted(folder.iterdir()):
         if path.is_file() and path.suffix in _TAKEN_SUFFIXES and not path.name.startswith((".", "MANIFEST")):
-            _link_or_copy(path, target / path.name)
+            link_or_copy(path, target / path.name)
 
 
 def inspect_model_folder(folder: Path) -> dict[str, Any]:
@@ -78,13 +77,6 @@ def _invalid(name: str) -> InvalidRequest:
     return InvalidRequest(
         "invalid_artifact", mark('The file "{name}" is damaged or not of its kind.'), param="folder", name=quote(name)
     )
-
-
-def _link_or_copy(path: Path, target: Path) -> None:
-    try:
-        os.link(path, target, follow_symlinks=False)
-    except OSError:  # another file system, or links forbidden there
-        shutil.copyfile(path, target, follow_symlinks=False)
 
 
 def _json_of(path: Path) -> Any:

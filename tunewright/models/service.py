@@ -13,6 +13,8 @@ from tunewright.errors import Conflict, InvalidRequest, NotFound, PermissionDeni
 from tunewright.i18n import mark
 from tunewright.ids import random_text
 from tunewright.models.catalogue import Catalogue
+from tunewright.models.checkpoint_files import CheckpointFiles
+from tunewright.models.checkpoint_names import LONGEST_NAME, as_model, find_model, parse
 from tunewright.models.manifest import read_manifest
 from tunewright.models.records import Base, TunedModel
 from tunewright.settings import HomeFolder
@@ -20,9 +22,10 @@ from tunewright.settings import HomeFolder
 if TYPE_CHECKING:
     from tunewright.storage.database import Storage, Transaction
 
+_ALL = 1000
+"""More checkpoints than any job keeps."""
 _log = structlog.get_logger(__name__)
 _OWNER = "tunewright"
-_LONGEST_NAME = 256
 
 
 class Resolved(msgspec.Struct, frozen=True, kw_only=True):
@@ -51,10 +54,11 @@ class ModelService:
         self._storage = storage
         self._catalogue = catalogue
         self._home = home
+        self._checkpoints = CheckpointFiles(home)
         self.on_delete: Callable[[TunedModel], None] = lambda model: None
 
     def resolve(self, project_id: str, name: str) -> Resolved:
-        """Raises NotFound(`model_not_found`) unless it is a base, an alias or a ready model of this project,
+        """Raises NotFound(`model_not_found`) unless it is a base, an alias, or a ready model or a checkpoint of this project,
         InvalidRequest(`model_not_pulled`) when the base's weights are not on this machine."""
         if not _is_tuned_name(name):
             base = self._catalogue.find(name)
@@ -88,10 +92,10 @@ class ModelService:
         raise _not_found(name)
 
     def delete(self, project_id: str, name: str) -> TunedModel:
-        """The deleted model; the same answer when it was deleted before.
+        """The deleted model; the same answer when it was deleted before. Its checkpoints go with it.
 
         Its adapter's files go after the row is committed, and a repeated call removes what a crash left of them.
-        Raises NotFound(`model_not_found`), PermissionDenied(`base_model`).
+        Raises NotFound(`model_not_found`), PermissionDenied(`base_model`), Conflict(`job_not_finished`).
         """
         if not _is_tuned_name(name):
             if self._catalogue.find(name) is None:
@@ -102,15 +106,26 @@ class ModelService:
                 param="model",
                 model=name,
             )
+        if parse(name) is not None:
+            return self._delete_checkpoint(project_id, name)
         with self._storage.write() as tx:
-            model = tx.models.find(project_id, name) if len(name) <= _LONGEST_NAME and name.isprintable() else None
+            model = tx.models.find(project_id, name) if len(name) <= LONGEST_NAME and name.isprintable() else None
             if model is None or model.status == "training":
                 raise _not_found(name)
+            checkpoints = tx.jobs.list_checkpoints(project_id, model.job_id, after=None, limit=_ALL)
+            tx.jobs.drop_checkpoints(project_id, model.job_id, [each.step for each in checkpoints])
             if model.status != "deleted":
                 model = tx.models.change(model, status="deleted", deleted_at=clock.wall_s()) or model
-        self.on_delete(model)
+        for gone in (model, *(as_model(model, each) for each in checkpoints)):
+            self.on_delete(gone)
         self._remove_adapter(model)
+        self._checkpoints.remove_all(model.id)
         return model
+
+    def keep_proof(self, checkpoint: TunedModel, proof: dict[str, Any]) -> None:
+        """Remember what the engine measured of a checkpoint, so that it need not be measured again."""
+        with self._storage.write() as tx:
+            tx.jobs.prove_checkpoint(checkpoint.project_id, checkpoint.job_id, checkpoint.checkpoint_step or 0, proof)
 
     def sweep(self) -> None:
         """Remove the adapters of models that will never be (again), which a crash or a cancel at the last moment left.
@@ -119,8 +134,11 @@ class ModelService:
         """
         with self._storage.read() as tx:
             gone = tx.models.gone([folder.name for folder in self._home.adapters.iterdir()])
+            deleted = tx.models.deleted(self._checkpoints.owners())  # a job that ended early leaves its checkpoints
         for model_id in gone:
             shutil.rmtree(self._home.adapters / model_id, ignore_errors=True)
+        for model_id in deleted:
+            self._checkpoints.remove_all(model_id)
         if gone:
             _log.info("adapters_swept", count=len(gone))
 
@@ -163,10 +181,26 @@ class ModelService:
         return ready
 
     def _find(self, project_id: str, name: str) -> TunedModel | None:
-        if len(name) > _LONGEST_NAME or not name.isprintable():
-            return None
         with self._storage.read() as tx:
-            return tx.models.find(project_id, name)
+            return find_model(tx, project_id, name)
+
+    def _delete_checkpoint(self, project_id: str, name: str) -> TunedModel:
+        with self._storage.write() as tx:
+            checkpoint = find_model(tx, project_id, name)
+            if checkpoint is None:
+                raise _not_found(name)
+            job = tx.jobs.get(project_id, checkpoint.job_id)
+            if job is not None and job.finished_at is None:  # its trainer would bring it back
+                raise Conflict(
+                    "job_not_finished",
+                    mark("Job {job} is {status}; its checkpoints can be deleted once it has ended."),
+                    job=job.id,
+                    status=job.status,
+                )
+            tx.jobs.drop_checkpoints(project_id, checkpoint.job_id, [checkpoint.checkpoint_step or 0])
+        self.on_delete(checkpoint)
+        self._remove_adapter(checkpoint)
+        return checkpoint
 
     def _base_of(self, tuned: TunedModel) -> Base:
         base = self._catalogue.find(tuned.base_code)

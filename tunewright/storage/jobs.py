@@ -156,6 +156,33 @@ class Jobs:
         if known is None:
             self._connection.execute(sa.insert(job_checkpoints).values(to_row(checkpoint)))
 
+    def find_checkpoint(self, project_id: str, job_id: str, step: int) -> JobCheckpoint | None:
+        statement = sa.select(job_checkpoints).where(
+            *_of_job(job_checkpoints, project_id, job_id), job_checkpoints.c.step == step
+        )
+        return one(self._connection, statement, JobCheckpoint)
+
+    def prove_checkpoint(self, project_id: str, job_id: str, step: int, proof: dict[str, Any]) -> None:
+        """Keep the proof of a checkpoint's effect; nothing happens if it is gone."""
+        statement = sa.update(job_checkpoints).where(
+            *_of_job(job_checkpoints, project_id, job_id), job_checkpoints.c.step == step
+        )
+        self._connection.execute(statement.values(proof=proof))
+
+    def drop_checkpoints(self, project_id: str, job_id: str, steps: builtins.list[int]) -> None:
+        """Forget the checkpoints of these steps."""
+        for some in chunks(steps):
+            self._connection.execute(
+                sa.delete(job_checkpoints).where(
+                    *_of_job(job_checkpoints, project_id, job_id), job_checkpoints.c.step.in_(some)
+                )
+            )
+
+    def models_in_use(self, project_id: str) -> builtins.list[str]:
+        """The names of models that unfinished jobs start from."""
+        statement = sa.select(jobs.c.model).where(jobs.c.project_id == project_id, _UNFINISHED)
+        return builtins.list(self._connection.scalars(statement))
+
     def list_checkpoints(
         self, project_id: str, job_id: str, *, after: str | None, limit: int
     ) -> builtins.list[JobCheckpoint]:

@@ -54,6 +54,15 @@ class Models:
             found += self._connection.scalars(statement.where(tuned_models.c.id.in_(some)))
         return found
 
+    def deleted(self, model_ids: builtins.list[str]) -> builtins.list[str]:
+        """Those of the given ids whose model was deleted. Of all projects: for the sweep at start only."""
+        found: builtins.list[str] = []
+        for some in chunks(model_ids):
+            found += self._connection.scalars(
+                sa.select(tuned_models.c.id).where(tuned_models.c.id.in_(some), tuned_models.c.status == "deleted")
+            )
+        return found
+
     def change(self, model: TunedModel, **changes: object) -> TunedModel | None:
         """Compare-and-set on the stored status being `model.status`; None if it is not."""
         wanted = msgspec.structs.replace(model, **changes)  # refuses names that are no fields
