@@ -21,7 +21,7 @@ from tunewright.rendering.renderer import Renderer
 from tunewright.rendering.tools import CallPiece, Piece, TextPiece
 
 FAST = settings(max_examples=25, deadline=None)
-OURS = ("chatml", "llama3", "glm4", "glm4 with tools")
+OURS = ("chatml", "llama3", "glm4", "glm4 with tools", "instruct")
 NATIVE = ("native", "glm45", "llama31")
 MARKS = (
     "<tool_call>",
@@ -159,6 +159,14 @@ def test_a_template_whose_calls_are_lost_gets_ours(renderers: dict[str, Renderer
     written = renderers["glm4 with tools"].decode(renderers["glm4 with tools"].prompt(rows))
     assert '<tool_call>\n{"name": "f", "arguments": {"n": 1}}\n</tool_call>' in written
     assert "<tool_response>\n42\n</tool_response>" in written
+
+
+def test_schemas_stand_where_the_template_has_a_place(renderers: dict[str, Renderer]) -> None:
+    call = ToolCall(id="c", name="f", arguments="{}")
+    for style, before in (("chatml", "system\n# Tools"), ("instruct", "[INST] # Tools")):
+        prompt = renderers[style].prompt(conversation(Message(role="assistant", tool_calls=(call,))))
+        text = renderers[style].decode(prompt)
+        assert before in text and text.index("</tools>") < text.index("天气?")
 
 
 def test_special_tokens_around_calls_are_no_form_that_can_be_read(tmp_path: Path) -> None:

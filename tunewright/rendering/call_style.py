@@ -14,11 +14,12 @@ _NAME = "look_up_9"
 _ARGUMENTS = {"place": "Oslo", "days": [1, 2]}
 _RESULT = "Seventeen."
 _TEXT = "Let me see."
+_DESCRIPTION = "Looks a place up."
 _TOOL: dict[str, Any] = {
     "type": "function",
     "function": {
         "name": _NAME,
-        "description": "Looks a place up.",
+        "description": _DESCRIPTION,
         "parameters": {
             "type": "object",
             "properties": {"place": {"type": "string"}, "days": {"type": "array", "items": {"type": "integer"}}},
@@ -75,7 +76,7 @@ def find_style(writer: Writer) -> CallStyle | None:
     bare = _read(writer.decode(ids), bare=False) != ("", 1)
     if (bare and _read(writer.decode(ids), bare=True) != ("", 1)) or not name:
         return None
-    if _NAME not in prompt or _RESULT not in prompt:
+    if _DESCRIPTION not in prompt or _RESULT not in prompt:
         return None
     return CallStyle(
         lead=lead,

@@ -77,11 +77,12 @@ class Renderer:
         self.opens_reasoning: bool = self._opening.rstrip().endswith("<think>")
         """Whether the generation prompt itself starts the reasoning."""
         self._calls = CallStyle()
+        self._takes_system = True
         self.native_tools: bool = self._tool_template.takes_tools
         """Whether the template itself writes tools, in a way that is read back; else ours are used (docs/tool-format.md)."""
-        style = find_style(self) if self.native_tools else None
-        self.native_tools = style is not None
-        self._calls = style or find_style(self) or self._calls
+        native = find_style(self) if self.native_tools else None
+        self.native_tools = native is not None
+        self._calls = native or self._our_style()
         self.hash: str = _hash(files, self.stop_ids, ours=self._tool_template.takes_tools and not self.native_tools)
         """Hex sha256 of everything that can change a rendering."""
 
@@ -154,7 +155,8 @@ class Renderer:
     def _shaped(self, conversation: Conversation) -> tuple[list[Turn], ChatTemplate, Sequence[Any]]:
         takes_reasoning = self._template.takes_reasoning
         if not self.native_tools:
-            return our_turns(conversation, takes_reasoning=takes_reasoning), self._template, ()
+            turns = our_turns(conversation, takes_reasoning=takes_reasoning, takes_system=self._takes_system)
+            return turns, self._template, ()
         refuse_calls(conversation, several=self._calls.several, beside_text=self._calls.beside_text)
         template = self._tool_template if conversation.tools else self._template
         return native_turns(conversation, takes_reasoning=takes_reasoning), template, conversation.tools
@@ -241,6 +243,15 @@ class Renderer:
                 last = max(first, token_at(own_end))
             trained[first:last] = [True] * (last - first)
         return Example(tokens=tokens, trained=trained, skipped=tuple(skipped))
+
+    def _our_style(self) -> CallStyle:
+        """Of calls in our format. Also finds out where the template leaves the schemas a place."""
+        style = find_style(self)
+        self._takes_system = style is not None
+        style = style or find_style(self)
+        # Neither place: then the schemas stay in the system turn, and the template's refusal says why.
+        self._takes_system = self._takes_system or style is None
+        return style or CallStyle()
 
     def _stop_ids(self, files: ModelFolder) -> frozenset[int]:
         """What the configurations call the end, and the special token that the template writes right after an answer.

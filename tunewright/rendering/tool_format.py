@@ -5,7 +5,6 @@ The format is described in docs/tool-format.md; `tools.AnswerParser` reads what 
 
 import json
 import math
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -56,8 +55,9 @@ def refuse_calls(conversation: Conversation, *, several: bool, beside_text: bool
         raise InvalidRequest("conversation_not_supported", sentence, param=field, field=field, count=count)
 
 
-def our_turns(conversation: Conversation, *, takes_reasoning: bool) -> list[Turn]:
-    """Turns for a template without tools: schemas in the system turn, calls and results as text.
+def our_turns(conversation: Conversation, *, takes_reasoning: bool, takes_system: bool = True) -> list[Turn]:
+    """Turns for a template without tools: schemas in the system turn (or before the first question, where the template has no
+    place for a system turn), calls and results as text.
 
     Results that follow each other share one user turn, because many templates want turns to alternate.
     """
@@ -75,7 +75,10 @@ def our_turns(conversation: Conversation, *, takes_reasoning: bool) -> list[Turn
                 part for part in (shaped["content"].rstrip(), *map(written_call, message.tool_calls)) if part
             )
         turns.append(_turn(shaped, message, index))
-    return _with_tools(turns, conversation.tools)
+    if not conversation.tools:
+        return turns
+    text = _INTRODUCTION.format(tools="\n".join(json.dumps(tool, ensure_ascii=False) for tool in conversation.tools))
+    return _with_tools(turns, text, "system" if takes_system else "user")
 
 
 def written_call(call: ToolCall) -> str:
@@ -88,16 +91,15 @@ def written_call(call: ToolCall) -> str:
     return f"<tool_call>\n{body}\n</tool_call>"
 
 
-def _with_tools(turns: list[Turn], tools: Sequence[Mapping[str, Any]]) -> list[Turn]:
-    if not tools:
-        return turns
-    text = _INTRODUCTION.format(tools="\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools))
-    if turns and turns[0].message["role"] == "system":
+def _with_tools(turns: list[Turn], text: str, role: str) -> list[Turn]:
+    """The schemas behind the system message, or before the first question."""
+    if turns and turns[0].message["role"] == role:
         first = turns[0]
-        joined = f"{first.message['content']}\n\n{text}".lstrip()
+        parts = (first.message["content"], text) if role == "system" else (text, first.message["content"])
+        joined = "\n\n".join(parts).lstrip()
         return [msgspec.structs.replace(first, message=first.message | {"content": joined}), *turns[1:]]
-    system = Turn(message={"role": "system", "content": text}, source=None, answer=False, trained=False)
-    return [system, *turns]
+    added = Turn(message={"role": role, "content": text}, source=None, answer=False, trained=False)
+    return [added, *turns]
 
 
 def _turn(shaped: dict[str, Any], message: Message, index: int) -> Turn:
