@@ -21,7 +21,9 @@ GRACE_S = 2
 
 @pytest.fixture
 def server(tmp_path: Path, tiny_base: Path) -> Iterator[LiveServer]:
-    server = LiveServer(tmp_path / "home", TUNEWRIGHT_DRAIN_GRACE_S=str(GRACE_S), TUNEWRIGHT_ENGINE_SLOTS="64")
+    # A trainer that still imports its libraries does not save at once: it is given as long as the streams, not ten seconds.
+    graces = {"TUNEWRIGHT_DRAIN_GRACE_S": str(GRACE_S), "TUNEWRIGHT_CANCEL_GRACE_S": str(GRACE_S)}
+    server = LiveServer(tmp_path / "home", TUNEWRIGHT_ENGINE_SLOTS="64", **graces)
     server.run("models", "add", str(tiny_base), "--code", "tiny")
     server.start()
     yield server

@@ -18,6 +18,7 @@ from tunewright.api.addresses import HostCheck, PathCheck
 from tunewright.api.auth import Gate
 from tunewright.api.body import BodyLimits
 from tunewright.api.errors import from_http_exception, from_validation
+from tunewright.api.job_watch import JobWatches
 from tunewright.api.limits import RefusedKeys, RequestRate
 from tunewright.api.native import dataset_tokens as native_dataset_tokens
 from tunewright.api.native import datasets as native_datasets
@@ -87,6 +88,7 @@ def create_app(platform: Platform) -> FastAPI:
         exception_handlers={HTTPException: _raise_http, RequestValidationError: _raise_validation},  # type: ignore[dict-item]
     )
     app.state.platform = platform
+    app.state.job_watches = JobWatches()
     for router in ROUTERS:
         app.router.routes.extend(router.routes)  # flat, so that what walks the routes sees every one
     return app

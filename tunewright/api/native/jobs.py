@@ -1,6 +1,5 @@
 """Jobs with all that the product knows of them, their copies, and their events as they happen."""
 
-import asyncio
 from collections.abc import AsyncGenerator, Callable, Mapping
 from typing import Annotated, Any, Literal
 
@@ -17,6 +16,7 @@ from tunewright.api.body import check_json_type, router_at
 from tunewright.api.errors import invalid
 from tunewright.api.fine_tuning import MOST_JOBS, CreateBody, JobRoutes, changed_fields, create_job
 from tunewright.api.idempotency import IdempotencyOf
+from tunewright.api.job_watch import JobWatch, JobWatches, Look
 from tunewright.api.lists import After, Limit, MetadataFilter, clamped
 from tunewright.api.openai.fine_tuning import STATUS_WORDS, name_shown
 from tunewright.api.refusals import NOT_ON_CREATE, refuse, refuse_others
@@ -31,8 +31,6 @@ from tunewright.jobs.scheduling import PRIORITIES
 
 PREFIX = "/api/v1"
 BATCH = 500
-POLL_S = 0.5
-"""How often a stream asks the database. A trainer's step takes longer."""
 
 router = router_at(PREFIX)
 
@@ -215,27 +213,38 @@ async def stream_events(
         job = jobs.get(caller.project_id, job_id)  # first: events that came with its last state are then seen below
         return job, jobs.events_since(caller.project_id, job_id, cursor, BATCH)
 
-    frames = _frames(look, last_event_id or after, language, platform.stopping.is_set)
+    watches: JobWatches = request.app.state.job_watches
+    watch = watches.of(caller.project_id, job_id, look, platform.stopping.is_set)
+    frames = _frames(look, watch, last_event_id or after, language, platform.stopping.is_set)
     return EventStream(frames, stop_is_error=False)
 
 
 async def _frames(
-    look: Callable[[str | None], tuple[Job, list[JobEvent]]],
-    cursor: str | None,
-    language: str,
-    stopping: Callable[[], bool],
+    look: Look, watch: JobWatch, cursor: str | None, language: str, stopping: Callable[[], bool]
 ) -> AsyncGenerator[bytes, None]:
+    """What the stream has not seen yet it looks up by itself; from then on it goes with all others of its job."""
+    ticket = None
     while not stopping():
+        ticket = watch.ticket(cursor) if ticket is None else ticket
         job, events = await run_in_threadpool(look, cursor)
-        for event in events:
-            cursor = event.id
-            yield _frame(event.id, event_object(event, language))
         if events:
+            cursor = events[-1].id
+            yield _event_frames(events, language)
             continue
         if job.status in TERMINAL:
             yield b"event: end\n" + _frame(cursor, job_object(job, STATUS_WORDS, name_shown(job), language))
             return
-        await asyncio.sleep(POLL_S)
+        while (news := await ticket) is not None and news.after == cursor and news.events:
+            cursor = news.events[-1].id
+            ticket = watch.ticket(cursor, news.number)
+            if language not in news.frames:
+                news.frames[language] = _event_frames(news.events, language)
+            yield news.frames[language]
+        ticket = None
+
+
+def _event_frames(events: list[JobEvent], language: str) -> bytes:
+    return b"".join(_frame(event.id, event_object(event, language)) for event in events)
 
 
 def _frame(event_id: str | None, data: dict[str, Any]) -> bytes:
