@@ -163,3 +163,4 @@ async def test_what_is_not_honoured_is_refused(sdk: AsyncOpenAI, fields: dict[st
     with pytest.raises(openai.BadRequestError) as caught:
         await ask(sdk, **fields)
     assert caught.value.param == param
+    assert "not required" not in caught.value.message

@@ -185,7 +185,9 @@ def tool_choice_of(choice: Any, tools: Sequence[dict[str, Any]]) -> tuple[str, s
     if choice is None or choice == "auto" or choice == "none":
         return choice or "auto", None
     names = {tool["function"]["name"] for tool in tools}
-    if choice == "required" and names:
+    if choice == "required":
+        if not names:
+            raise invalid("tool_choice", mark("{field} demands a call, but tools holds no function."))
         return "required", None
     if isinstance(choice, dict) and choice.get("type") == "function" and isinstance(choice.get("function"), dict):
         name = choice["function"].get("name")
