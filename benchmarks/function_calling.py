@@ -5,8 +5,9 @@ function-calling rows and then answers for the base and for the tuned model, all
 
 About a quarter of the rows with tools is held out, by the content of each row; of the others the `--rows` shortest are trained
 on. A held-out row gives one question for each assistant turn up to its first call: the last one calls for a tool, those before
-call for text. Answers are greedy. An argument is valid if it keeps the schema of its function; exact is the same function with
-the same arguments as in the row. "seen" are questions whose function was offered in a training row.
+call for text; what a training row asks in the same words is left out. Answers are greedy. An argument is valid if it keeps the
+schema of its function; exact is the same function with the same arguments as in the row. "seen" are questions whose function
+was offered in a training row.
 """
 
 import argparse
@@ -92,6 +93,20 @@ def questions_of(row: dict[str, Any], known: set[str]) -> Iterator[Question]:
                 return
 
 
+def distinct(held_out: list[dict[str, Any]], rows: list[dict[str, Any]]) -> list[Question]:
+    """The questions of the rows held out, each once, and none that a row of training asks too."""
+    known = set().union(*map(names_of, rows))
+    asked = {key_of(question) for row in rows for question in questions_of(row, known)}
+    found = {key_of(question): question for row in held_out for question in questions_of(row, known)}
+    return [question for key, question in found.items() if key not in asked]
+
+
+def key_of(question: Question) -> str:
+    """The same for the same prompt, whatever ids its calls have."""
+    texts = [(message["role"], message.get("content")) for message in question.messages]
+    return json.dumps([texts, question.tools], sort_keys=True)
+
+
 def ask(client: OpenAI, model: str, question: Question) -> Answer:
     """The answer of `model`."""
     made: Any = client.chat.completions.create
@@ -174,8 +189,7 @@ def main() -> None:
     parser.add_argument("--answers", type=Path, help="write every question with both answers here, as JSON lines")
     given = parser.parse_args()
     rows, held_out = rows_with_tools(given.data, given.rows)
-    known = set().union(*map(names_of, rows))
-    questions = [question for row in held_out for question in questions_of(row, known)]
+    questions = distinct(held_out, rows)
     code, folder = ("base", given.base) if Path(given.base).is_dir() else (given.base, None)
     with tempfile.TemporaryDirectory(prefix="tunewright-functions-") as temporary:
         server = LiveServer(Path(temporary) / "home")
