@@ -90,11 +90,11 @@ def train(client: Any, file_id: str) -> str | None:
     columns = (
         TextColumn("   {task.fields[state]:<10}"),
         BarColumn(),
-        TextColumn("{task.completed}/{task.total} steps  loss {task.fields[loss]}  left {task.fields[left]}"),
+        TextColumn("{task.fields[steps]} steps  loss {task.fields[loss]}  left {task.fields[left]}"),
         TimeElapsedColumn(),
     )
     with Progress(*columns, console=console) as progress:
-        task = progress.add_task("train", total=None, state=job.status, loss="-", left="-")
+        task = progress.add_task("train", total=None, state=job.status, steps="-", loss="-", left="-")
         while job.status not in ("succeeded", "failed", "cancelled"):
             time.sleep(0.5)
             job = client.fine_tuning.jobs.retrieve(job.id)
@@ -106,6 +106,7 @@ def train(client: Any, file_id: str) -> str | None:
                     task,
                     completed=metrics.current_steps,
                     total=metrics.total_steps,
+                    steps=f"{metrics.current_steps}/{metrics.total_steps}",
                     loss=f"{metrics.loss:.3f}",
                     left=metrics.remaining_time or "-",
                 )
