@@ -13,7 +13,7 @@ from tests.recipes.job_folder import ROWS, losses, metrics, next_attempt, train_
 from tests.recipes.test_flattened import CPU, plain_loss
 from tests.recipes.test_packing import read
 from tests.recipes.test_text import failed, finished
-from tests.tiny_glm import tiny_glm
+from tests.tiny_glm import KINDS, tiny_glm
 from tests.tiny_models import tiny_llama
 from tunewright.files_on_disk import sha256_of
 from tunewright.jobs.spec import Started, Stopped
@@ -41,7 +41,7 @@ def test_every_gradient_is_that_of_plain_transformers(tmp_path: Path) -> None:
             torch.testing.assert_close(parameters[name].grad, parameter.grad, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["llama", "glm4_moe"])
+@pytest.mark.parametrize("kind", ["llama", *KINDS])
 def test_the_result_is_a_whole_model(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     base = tiny_llama(tmp_path / "base") if kind == "llama" else tiny_glm(tmp_path / "base", kind)
     monkeypatch.setattr(full_weights, "LARGEST_PART", "60KB")
