@@ -64,14 +64,18 @@ def in_blocks(folder: Path, data: bytes, **options: Any) -> Outcome:
 
 
 def in_parts(folder: Path, data: bytes, **options: Any) -> Outcome:
-    """Three stretches, each scanned by the code of a process of its own."""
+    """Many pieces, taken in turn by three, each scanned by the code of a process of its own."""
 
     def run(orders: list[parts.Order], progress: Callable[[int], None] | None, own: parts.Order) -> None:
-        for order in (own, *orders):
-            parts.scan_stretch(msgspec.json.decode(msgspec.json.encode(order), type=parts.Order), lambda done: None)
+        for i, order in enumerate((own, *orders)):
+            with pytest.MonkeyPatch.context() as patch:
+                pieces = range(i, len(order.cuts) - 1, 3)
+                patch.setattr(parts, "_taken", lambda queue, pieces=pieces: pieces)
+                parts.scan_pieces(msgspec.json.decode(msgspec.json.encode(order), type=parts.Order), lambda done: None)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(parts, "run", run)
+        patch.setattr(parts, "PIECE_BYTES", 300)
         patch.setattr(check_module, "PARTS_FROM_BYTES", 0)
         patch.setattr(scan, "BLOCKS_FROM_BYTES", 0)
         return outcome(folder, data, processes=3, **options)
@@ -267,6 +271,7 @@ def test_processes_of_their_own_agree_and_tell_how_far_they_are(
 ) -> None:
     monkeypatch.setattr(check_module, "PARTS_FROM_BYTES", 1 << 16)
     monkeypatch.setattr(check_module, "CHILD_FROM_BYTES", 0)
+    monkeypatch.setattr(parts, "PIECE_BYTES", 1 << 15)
     bad = {"messages": [{**USER, "role": "human"}, ASSISTANT]}
     rows = [{"messages": [{**USER, "content": f"question {i} " + "x" * 200}, ASSISTANT]} for i in range(3000)]
     data = b"".join(one_line(row) for row in [*rows, bad, *rows[:50], _FUNCTION, bad])

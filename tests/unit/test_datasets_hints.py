@@ -63,7 +63,8 @@ PLAIN = [
     "It’s a “plain” text – with dashes … and café, 50 °C, a·b, $1,234,567.89 on 2024-01-02 03:04:05.",
     'task-oriented, risk-free, xoxo, snake_case_names, a_github_link <b>bold</b> if a < b: x = y[0] | z; "q" \\ n',
     "\\begin{align} \\frac{a}{b} \\beta \\text{x} \n\t\r",
-    "Email jane@example.com; 🙂 👩\u200d👩\u200d👧 ﷼ Ελληνικά Tiếng Việt İstanbul",
+    "Email jane@example.com, bob@company.com or support@zhipuai.cn; icon@2x.png",
+    "🙂 👩\u200d👩\u200d👧 ﷼ Ελληνικά Tiếng Việt İstanbul",
 ]
 
 
@@ -80,10 +81,29 @@ ODD = [
     *("sk-" + "a1" * 12, "AKIA" + "A" * 16, "ghp_" + "a" * 36, "github_pat_" + "a" * 22, "xoxb-1234567890"),
     *("AIza" + "b" * 35, "hf_" + "c" * 30, "0af9" * 8 + "." + "a1B2" * 4, "-----BEGIN RSA PRIVATE KEY-----"),
     *("a.person@gmail.com", "13812345678", "138 1234 5678", "8613812345678", CARD, RESIDENT, "6222 0212 3456 7894"),
-    *("4111-1111-1111-1111", "378282246310005"),
+    *(
+        "4111-1111-1111-1111",
+        "378282246310005",
+        "\nest@gmail.com",
+        "x@example.realname.org",
+        "\tinfo@realname.com est@a.io",
+    ),
 ]
 _TEXT = st.lists(
-    st.sampled_from([*ODD, *'<>|[]-_@\\"/z K1230 .\n汉“’é', "sk-", "example.", "1381234", "0" * 15, "\U0001f600"]),
+    st.sampled_from(
+        [
+            *ODD,
+            *'<>|[]-_@\\"/z K1230 .\n汉“’é',
+            "sk-",
+            "example.",
+            "est@a.io",
+            "@company.com",
+            "x",
+            "1381234",
+            "0" * 15,
+            "\U0001f600",
+        ]
+    ),
     max_size=8,
 ).map("".join)
 

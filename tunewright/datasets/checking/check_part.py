@@ -8,8 +8,7 @@ from pathlib import Path
 
 import msgspec
 
-from tunewright.datasets.checking.check import check
-from tunewright.datasets.checking.parts import FOUND, Order, scan_stretch
+from tunewright.datasets.checking.parts import FOUND, Order, scan_pieces
 
 
 def main() -> None:
@@ -17,10 +16,10 @@ def main() -> None:
     order = msgspec.json.decode(sys.stdin.buffer.readline(), type=Order)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     gc.freeze()  # what is loaded by now stays
-    if order.stretch is None:
-        _check(order)
+    if order.cuts:
+        scan_pieces(order, _tell)
     else:
-        scan_stretch(order, _tell)
+        _check(order)
 
 
 def _end_with_parent() -> None:
@@ -35,6 +34,8 @@ def _tell(done: int) -> None:
 
 
 def _check(order: Order) -> None:
+    from tunewright.datasets.checking.check import check  # those who scan pieces need not wait for it
+
     report = check(
         Path(order.path),
         order.purpose,

@@ -1,15 +1,17 @@
-"""The check of a large file by processes of its own: a stretch of lines each, or the whole check beside a server.
+"""The check of a large file by processes of its own: pieces of it, or the whole check beside a server.
 
 Each process gets its order as one line of JSON on stdin, tells how far it is on stdout, and leaves what it found in a folder.
-It ends when stdin does: so it never outlives the process that started it.
+It ends when stdin does: so it never outlives the process that started it. Who is done with a piece of the file takes the next
+one from a pipe that all share: so all are busy until the end, however late one starts and whatever else its processor does.
 """
 
+import os
+import struct
 import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable
-from itertools import pairwise
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -18,12 +20,14 @@ import msgspec
 from tunewright.datasets.checking.scan import MAX_ROWS, Depth, Limits, Scan, agreed_kind
 from tunewright.datasets.checking.statistics import Statistics
 from tunewright.datasets.lines import line_starts
-from tunewright.datasets.report import Report, Reporter, Tally
+from tunewright.datasets.report import MAX_WRITTEN, Report, Reporter, Tally
 
-PROBLEMS, NUMBERS, FOUND = "problems.jsonl", "numbers", "found.json"
+PROBLEMS, NUMBERS, FOUND = "problems-{}.jsonl", "numbers", "found.json"
+PIECE_BYTES = 8 << 20
+_MAX_PIECES = 4096
+"""Their numbers fit into the pipe."""
+_NUMBER = struct.Struct("=I")
 _WAIT_S = 30
-_START_BYTES = 16 << 20
-"""What this process reads while the others start."""
 
 
 class CheckLimits(msgspec.Struct, frozen=True):
@@ -34,13 +38,17 @@ class CheckLimits(msgspec.Struct, frozen=True):
 
 
 class Order(msgspec.Struct, kw_only=True):
-    """What a process has to do. Without `stretch` the whole check, else the scan of these bytes."""
+    """What a process has to do. Without `cuts` the whole check, else the scan of pieces of the file, as they come.
+
+    Piece i holds the bytes from `cuts[i]` to `cuts[i + 1]`; its number is read from the pipe `queue`.
+    """
 
     path: str
     purpose: str
     folder: str
     limits: CheckLimits
-    stretch: tuple[int, int] | None = None
+    cuts: list[int] = []
+    queue: int = -1
     depth: Depth = Depth()
     write_problems: bool = False
     problems_to: str | None = None
@@ -49,9 +57,10 @@ class Order(msgspec.Struct, kw_only=True):
     processes: int = 1
 
 
-class Found(msgspec.Struct, kw_only=True):
-    """What the scan of a stretch found, but for its problems and numbers, which stand in files of their own."""
+class Piece(msgspec.Struct, kw_only=True):
+    """What the scan of a piece found, but for its problems and numbers, which stand in files of their own."""
 
+    index: int
     tally: Tally
     kind: str | None
     mixed: bool
@@ -60,6 +69,12 @@ class Found(msgspec.Struct, kw_only=True):
     rows: int
     numbers: int
     huge: dict[int, int]
+
+
+class Found(msgspec.Struct, kw_only=True):
+    """What a process found: its pieces, in order, and the statistics of all of them."""
+
+    pieces: list[Piece]
     statistics: Statistics
 
 
@@ -71,60 +86,84 @@ def read_in_parts(
     False, and nothing done, where the parts can't be told apart from the whole: rows of kinds that do not go together, too
     many lines. Raises ChildProcessError if a process died.
     """
-    ahead = min(_START_BYTES, (end - begin) // 4)
     with path.open("rb") as stream:
-        cuts = [begin, *line_starts(stream, begin + ahead, end, processes)[1:]]
+        cuts = line_starts(stream, begin, end, min(_MAX_PIECES, max(processes, (end - begin) // PIECE_BYTES)))
     limits = CheckLimits(scan.limits.max_line_bytes, scan.limits.min_training_rows)
     with tempfile.TemporaryDirectory(prefix="tunewright-check-") as folder:
-        folders = []
-        orders = []
-        for i, (start, stop) in enumerate(pairwise(cuts)):
-            own = Path(folder) / str(i)
-            own.mkdir()
-            folders.append(own)
-            orders.append(
-                Order(
+        folders = [Path(folder) / str(i) for i in range(processes)]
+        orders: list[Order] = []
+        queue = _filled(len(cuts) - 1)
+        try:
+            for own in folders:
+                own.mkdir()
+                order = Order(
                     path=str(path),
                     purpose=purpose,
                     folder=str(own),
                     limits=limits,
-                    stretch=(start, stop),
+                    cuts=cuts,
+                    queue=queue,
                     depth=scan.depth,
                     write_problems=scan.reporter.writes,
                 )
-            )
-        run(orders[1:], progress, orders[0])
+                orders.append(order)
+            run(orders[1:], progress, orders[0])
+        finally:
+            os.close(queue)
         found = [msgspec.json.decode((own / FOUND).read_bytes(), type=Found) for own in folders]
-        if not _fit(found):
+        pieces = sorted(
+            ((piece, i) for i, part in enumerate(found) for piece in part.pieces), key=lambda it: it[0].index
+        )
+        if not _fit([piece for piece, _ in pieces]):
             return False
-        for own, part in zip(folders, found, strict=True):
-            _absorb(scan, own, part)
+        numbers = [(own / NUMBERS).open("rb") for own in folders]
+        try:
+            for piece, i in pieces:
+                _absorb(scan, folders[i], numbers[i], piece)
+        finally:
+            for stream in numbers:
+                stream.close()
+        for part in found:
+            scan.statistics.absorb(part.statistics)
     return True
 
 
-def _fit(found: list[Found]) -> bool:
+def _filled(pieces: int) -> int:
+    """A pipe to read the numbers of the pieces from, by any process that inherits it."""
+    queue, entrance = os.pipe()
+    os.write(entrance, b"".join(map(_NUMBER.pack, range(pieces))))
+    os.close(entrance)
+    return queue
+
+
+def _taken(queue: int) -> Iterator[int]:
+    """The next piece that no other process has taken, until there are none."""
+    while number := os.read(queue, _NUMBER.size):
+        yield _NUMBER.unpack(number)[0]
+
+
+def _fit(pieces: list[Piece]) -> bool:
     kind: str | None = None
-    for part in found:
-        if part.mixed or part.overfull:
+    for piece in pieces:
+        if piece.mixed or piece.overfull:
             return False
-        if part.kind is not None:
-            kind = agreed_kind(kind, part.kind)
+        if piece.kind is not None:
+            kind = agreed_kind(kind, piece.kind)
             if kind is None:
                 return False
-    return sum(part.lines for part in found) <= MAX_ROWS
+    return sum(piece.lines for piece in pieces) <= MAX_ROWS
 
 
-def _absorb(scan: Scan, folder: Path, part: Found) -> None:
-    written = folder / PROBLEMS
-    scan.reporter.absorb(part.tally, written if written.exists() else None, scan.lines)
-    with (folder / NUMBERS).open("rb") as stream:
-        scan.fingerprints.huge |= {scan.lines + i: size for i, size in part.huge.items()}
-        scan.fingerprints.read(stream, part.numbers)
-    if part.kind is not None:
-        scan.kind = agreed_kind(scan.kind, part.kind)
-    scan.lines += part.lines
-    scan.rows += part.rows
-    scan.statistics.absorb(part.statistics)
+def _absorb(scan: Scan, folder: Path, numbers: IO[bytes], piece: Piece) -> None:
+    """Add a piece; `numbers` stand where those of the piece begin."""
+    written = folder / PROBLEMS.format(piece.index)
+    scan.reporter.absorb(piece.tally, written if written.exists() else None, scan.lines)
+    scan.fingerprints.huge |= {scan.lines + i: size for i, size in piece.huge.items()}
+    scan.fingerprints.read(numbers, piece.numbers)  # type: ignore[arg-type]
+    if piece.kind is not None:
+        scan.kind = agreed_kind(scan.kind, piece.kind)
+    scan.lines += piece.lines
+    scan.rows += piece.rows
 
 
 def run_in_child(
@@ -154,20 +193,38 @@ def run_in_child(
         return msgspec.json.decode((Path(folder) / FOUND).read_bytes(), type=Report)
 
 
-def scan_stretch(order: Order, tell: Callable[[int], None]) -> None:
-    """Scan the stretch of an order, and leave what was found in its folder."""
-    begin, end = order.stretch or (0, 0)
+def scan_pieces(order: Order, tell: Callable[[int], None]) -> None:
+    """Scan pieces of the file until all are taken, and leave what was found in the folder of the order.
+
+    `tell` hears how many bytes are done.
+    """
     folder = Path(order.folder)
-    with Reporter(folder / PROBLEMS if order.write_problems else None) as reporter:
-        scan = Scan(reporter, order.purpose, order.limits, order.depth)
-        with Path(order.path).open("rb") as stream:
-            stream.seek(begin)
-            scan.read(stream, end, tell)
-    scan.statistics.settle()
-    with (folder / NUMBERS).open("wb") as stream:
-        scan.fingerprints.write(stream)
-    found = Found(
-        tally=reporter.tally,
+    statistics = Statistics()
+    pieces: list[Piece] = []
+    done = written = 0
+    with Path(order.path).open("rb") as stream, (folder / NUMBERS).open("wb") as numbers:
+        for index in _taken(order.queue):
+            begin, end = order.cuts[index], order.cuts[index + 1]
+            writes = order.write_problems and written < MAX_WRITTEN  # more would not be among the first of the file
+            with Reporter(folder / PROBLEMS.format(index) if writes else None) as reporter:
+                scan = Scan(reporter, order.purpose, order.limits, order.depth, statistics)
+                stream.seek(begin)
+                scan.read(stream, end)
+            tally = reporter.tally
+            tally.truncated |= order.write_problems and tally.written < tally.errors + tally.warnings
+            written += tally.written
+            scan.fingerprints.write(numbers)
+            pieces.append(_piece(index, tally, scan))
+            done += end - begin
+            tell(done)
+    statistics.settle()
+    (folder / FOUND).write_bytes(msgspec.json.encode(Found(pieces=pieces, statistics=statistics)))
+
+
+def _piece(index: int, tally: Tally, scan: Scan) -> Piece:
+    return Piece(
+        index=index,
+        tally=tally,
         kind=scan.kind,
         mixed=scan.mixed,
         overfull=scan.overfull,
@@ -175,15 +232,13 @@ def scan_stretch(order: Order, tell: Callable[[int], None]) -> None:
         rows=scan.rows,
         numbers=len(scan.fingerprints.rows),
         huge=scan.fingerprints.huge,
-        statistics=scan.statistics,
     )
-    (folder / FOUND).write_bytes(msgspec.json.encode(found))
 
 
 def run(orders: list[Order], progress: Callable[[int], None] | None, own: Order | None = None) -> None:
     """Run a process for each order, all at once, and wait for them. Raises ChildProcessError if one of them failed.
 
-    `own` is a stretch that this process scans meanwhile. `progress` is told the sum of the bytes that all are done with.
+    `own` are pieces that this process scans meanwhile. `progress` is told the sum of the bytes that all are done with.
     Whatever ends this call ends the processes.
     """
     from tunewright.settings import worker_environment  # the processes load this file too, and would wait for pydantic
@@ -197,6 +252,7 @@ def run(orders: list[Order], progress: Callable[[int], None] | None, own: Order 
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 env=worker_environment(),
+                pass_fds=[order.queue] if order.cuts else [],
             )
             children.append(child)
             if child.stdin is None or child.stdout is None:
@@ -205,7 +261,7 @@ def run(orders: list[Order], progress: Callable[[int], None] | None, own: Order 
             child.stdin.flush()
             threading.Thread(target=news.follow, args=(i, child.stdout), daemon=True).start()
         if own is not None:
-            scan_stretch(own, lambda done: _pass_on(news.note(len(orders), done), progress))
+            scan_pieces(own, lambda done: _pass_on(news.note(len(orders), done), progress))
         news.note(len(orders), None)
         for done in news:
             _pass_on(done, progress)

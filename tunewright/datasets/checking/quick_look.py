@@ -10,6 +10,8 @@ from typing import Any
 
 import re2
 
+from tunewright.datasets.rules import personal_data
+
 _SPECIAL = "<(?:(?:[|]|｜)(?:[A-Za-z0-9_]|▁){1,40}(?:[|]|｜)>|</?SYS>>|/s>|(?:start|end)_of_turn>)".encode()
 _BRACKETED = rb"\[(?:[gs]?MASK|/?INST)\]"
 _INVISIBLE = (
@@ -21,7 +23,6 @@ _SECRET = (
     rb"|xox[abprs]-[A-Za-z0-9-]{10}|AIza[A-Za-z0-9_-]{35}|hf_[A-Za-z0-9]{30}|[0-9a-f]{32}\.[A-Za-z0-9]{16}"
 )
 _EMAIL = rb"@[A-Za-z0-9-]{1,63}\.[A-Za-z0-9]"
-_EXAMPLE = b"@example."
 _NUMBER = rb"[0-9]{15}|1[3-9][0-9]{9}|1[3-9][0-9](?:[ -][0-9]{4}){2}|(?:[0-9]{4}[ -]){3}[0-9]{3}"
 # Escapes of control characters, ASCII (a "<" may begin a token), invisible characters, combining marks, the wide bar.
 # The first backslash of a run is taken, then pairs of them: "\\b" in JSON is a backslash and a letter.
@@ -69,7 +70,7 @@ def suspects(data: bytes) -> list[int]:
 def _next(data: bytes, start: int) -> int:
     """Where something odd ends (its last byte), at or after `start`; -1 if nothing does."""
     while match := _SEARCH(data, start):
-        if not match[0].startswith(_EXAMPLE):  # addresses in documents
+        if not match[0].startswith(b"@") or personal_data.may_be_someones(data, match.start()):
             return match.end() - 1
         start = match.end() - 1
     return -1

@@ -62,7 +62,15 @@ def agreed_kind(before: str | None, kind: str) -> str | None:
 class Scan:
     """What a pass collects: problems go to the reporter, the rest is here."""
 
-    def __init__(self, reporter: Reporter, purpose: str, limits: Limits, depth: Depth | None = None) -> None:
+    def __init__(
+        self,
+        reporter: Reporter,
+        purpose: str,
+        limits: Limits,
+        depth: Depth | None = None,
+        statistics: Statistics | None = None,
+    ) -> None:
+        """`statistics`: those of other parts of the file, to be continued."""
         self.reporter = reporter
         self.training = purpose in FINE_TUNE_PURPOSES
         self.limits = limits
@@ -73,7 +81,7 @@ class Scan:
         self.lines = 0
         self.rows = 0
         self.overfull = False
-        self.statistics = Statistics()
+        self.statistics = statistics or Statistics()
         self.fingerprints = fingerprints.Fingerprints()
         self._compare = depth.compare and self.training
         self._marks = BlockMarks()

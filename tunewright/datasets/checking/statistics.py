@@ -268,17 +268,22 @@ def _task(kind: str, shape: Shape) -> str:
     return "single_turn" if shape.turns <= 1 else "multi_turn"
 
 
+# None overlaps another. What is frequent comes first, so that little is left for the others to go through.
 _SCRIPTS = {
-    "zh": re.compile("[\u4e00-\u9fff]"),
-    "ja": re.compile("[\u3040-\u30ff]"),
-    "ko": re.compile("[\uac00-\ud7af]"),
-    "ru": re.compile("[\u0400-\u04ff]"),
-    "ar": re.compile("[\u0600-\u06ff]"),
-    "latin": re.compile("[A-Za-z\u00c0-\u024f]"),
+    "zh": re.compile("[\u4e00-\u9fff]+"),
+    "latin": re.compile("[A-Za-z\u00c0-\u024f]+"),
+    "ja": re.compile("[\u3040-\u30ff]+"),
+    "ko": re.compile("[\uac00-\ud7af]+"),
+    "ru": re.compile("[\u0400-\u04ff]+"),
+    "ar": re.compile("[\u0600-\u06ff]+"),
 }
-_ENGLISH = re.compile(
-    r"\b(?:the|and|of|to|is|are|in|you|it|that|for|with|this|what|how|please|an|be|can|i)\b", re.IGNORECASE
+_ENGLISH = frozenset(
+    (
+        *("the", "and", "of", "to", "is", "are", "in", "you", "it", "that", "for", "with", "this", "what", "how"),
+        *("please", "an", "be", "can", "i"),
+    )
 )
+_BREAKS = str.maketrans({chr(byte): " " for byte in range(128) if not (chr(byte).isalnum() or chr(byte) == "_")})
 _LATIN = _SCRIPTS["latin"]
 _LATIN_BEYOND_ASCII = re.compile("[\u00c0-\u024f]")
 
@@ -287,7 +292,12 @@ def language_of(text: str) -> str:
     """`zh`, `en`, `ja`, `ko`, `ru`, `ar` or `other`: a guess from scripts and, for Latin letters, common words."""
     if text.isascii():
         return _latin(text) if _LATIN.search(text) else OTHER
-    counts = {name: len(pattern.findall(text)) for name, pattern in _SCRIPTS.items()}
+    counts: dict[str, int] = {}
+    rest = text
+    for name, pattern in _SCRIPTS.items():
+        left = pattern.sub("", rest)
+        counts[name] = len(rest) - len(left)
+        rest = left
     # A Chinese character says about as much as two or three letters; Japanese is written with both.
     counts["zh"] *= 3
     counts["ko"] *= 2
@@ -303,4 +313,7 @@ def language_of(text: str) -> str:
 
 def _latin(text: str) -> str:
     words = len(text.split())
-    return "en" if words < 5 or len(_ENGLISH.findall(text)) * 25 >= words else OTHER
+    if words < 5:
+        return "en"
+    common = sum(map(_ENGLISH.__contains__, text.lower().translate(_BREAKS).split()))
+    return "en" if common * 25 >= words else OTHER

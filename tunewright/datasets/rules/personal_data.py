@@ -15,6 +15,7 @@ BANK_CARD = "bank_card"
 _EMAIL = re.compile(
     r"(?<=[A-Za-z0-9_])@([A-Za-z0-9-]{1,63}(?:\.[A-Za-z0-9-]{1,63}){0,7}\.[A-Za-z]{2,24})(?![A-Za-z0-9-])"
 )
+_LONGEST_LOCAL, _LONGEST_DOMAIN = 64, 700
 _LOCAL_PART = re.compile(r"[A-Za-z0-9._%+-]{1,64}$")
 _EXAMPLE_DOMAINS = re.compile(
     r"(?:.*\.)?(?:example|test|invalid|localhost|local)$"
@@ -71,8 +72,21 @@ def kind_in(text: str) -> str | None:
     return None
 
 
+def may_be_someones(data: bytes, at: int) -> bool:
+    """Whether the "@" at `data[at]`, in a line of JSON that is not decoded, may belong to an address that `kind_in` names."""
+    begin = max(0, at - _LONGEST_LOCAL - 1)
+    text = data[begin : at + _LONGEST_DOMAIN].decode("latin-1")
+    found = _EMAIL.match(text, at - begin)
+    if found is None:
+        return False
+    local = _LOCAL_PART.search(text, max(0, found.start() - _LONGEST_LOCAL), found.start())
+    # Its first letter may belong to an escape.
+    escaped = local is not None and text[local.start() - 1 : local.start()] == "\\"
+    return escaped or _is_someones(text, found)
+
+
 def _is_someones(text: str, found: re.Match[str]) -> bool:
-    local = _LOCAL_PART.search(text, max(0, found.start() - 64), found.start())
+    local = _LOCAL_PART.search(text, max(0, found.start() - _LONGEST_LOCAL), found.start())
     return (
         local is not None
         and local[0].lower() not in _OFFICES
