@@ -20,6 +20,7 @@ from tunewright.files_on_disk import sha256_of
 from tunewright.jobs import recovery
 from tunewright.jobs.records import CANCELLED, FAILED, PAUSED, QUEUED, RUNNING, SUCCEEDED
 from tunewright.jobs.service import CreateJob
+from tunewright.jobs.spec import Finished, Metrics, encode_record
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -239,6 +240,50 @@ def test_a_stopped_trainer_is_replaced(tmp_path: Path) -> None:
         bench.close()
 
 
+def test_r14_writes_of_a_trainer_that_was_given_up_are_not_taken(bench: Bench) -> None:
+    """As if it had survived its SIGKILL, on a machine that was cut off: it goes on writing where it wrote."""
+    job = bench.create(steps=12, holds=[5, 6])
+    bench.until_step(job.id, 5)
+    os.kill(bench.process(job.id).pid, signal.SIGKILL)
+    bench.until(lambda: bench.job(job.id).attempt == 2 and bench.job(job.id).step >= 6)
+    stale = (bench.home.jobs / job.id / "journal-1.jsonl").open("ab")
+    good = next(event for event in bench.events(job.id) if event.step == 5)
+    for step in range(7, 27):
+        record = Metrics(
+            step=step,
+            total_steps=99,
+            epoch=1.0,
+            loss=99.0,
+            accuracy=0.0,
+            learning_rate=1.0,
+            tokens=10**6,
+            elapsed_s=1.0,
+            remaining_s=0.0,
+        )
+        stale.write(encode_record(record) + b"\n")
+    stale.write(encode_record(Finished(trained_tokens=10**6, final_loss=99.0, adapter_sha256="0" * 64)) + b"\n")
+    stale.close()
+    for _ in range(20):
+        bench.controller.run_once()
+    assert (bench.job(job.id).status, bench.job(job.id).total_steps) == (RUNNING, 12)
+    (bench.home.jobs / job.id / "go").touch()
+    done = bench.until_over(job.id)
+    assert (done.status, done.attempt, done.trained_tokens) == (SUCCEEDED, 2, 120)
+    assert bench.losses(job.id) == whole_run(5, 12) and good in bench.events(job.id)
+
+
+def test_a_trainer_that_stands_still_again_and_again_is_stalled(tmp_path: Path) -> None:
+    bench = Bench(tmp_path / "home", heartbeat_limit_s=0.7, max_attempts=1)
+    try:
+        job = bench.create(steps=12, holds=[2])
+        bench.until_step(job.id, 2)
+        os.kill(bench.process(job.id).pid, signal.SIGSTOP)
+        error = bench.until_over(job.id).error
+        assert error is not None and error.code == "stalled" and error.suggestion is not None
+    finally:
+        bench.close()
+
+
 def test_a_failure_that_a_retry_would_not_mend(bench: Bench) -> None:
     job = bench.create(fail="row_unusable")
     done = bench.until_over(job.id)
@@ -305,6 +350,27 @@ def test_cancel_leaves_no_process(bench: Bench, orders: dict[str, bool], step: i
     assert done.trained_tokens == (10 * done.step if done.step else None)
     assert bench.jobs.cancel(PROJECT, job.id) == done
     assert bench.codes(job.id)[-1] == "cancelled"
+
+
+@pytest.mark.parametrize("seed", [*range(4), *(pytest.param(seed, marks=pytest.mark.soak) for seed in range(4, 40))])
+def test_r16_cancel_at_any_moment(bench: Bench, seed: int) -> None:
+    """Before the trainer, while it starts, trains, saves, ends or is followed by another one; with a grandchild that
+    disobeys."""
+    chance = random.Random(seed)
+    crash = {"crash_at": 6} if seed % 2 else {}
+    job = bench.create(steps=12, checkpoint_every=2, fork_child=True, **crash)
+    moment = time.monotonic() + chance.uniform(0.0, 1.2)
+    bench.until(lambda: time.monotonic() >= moment or bench.job(job.id).status == SUCCEEDED)
+    if bench.job(job.id).status == SUCCEEDED:
+        return
+    bench.jobs.cancel(PROJECT, job.id)
+    assert bench.until_over(job.id).status == CANCELLED
+    for _ in range(3):
+        bench.controller.run_once()
+    assert bench.job(job.id).status == CANCELLED and bench.processes_left(job.id) == []
+    assert list(bench.home.adapters.iterdir()) == []
+    with bench.storage.read() as tx:
+        assert all(model.status != "ready" for model in tx.models.list(PROJECT))
 
 
 def test_cancel_wins_over_a_model_that_is_not_published_yet(bench: Bench) -> None:
@@ -431,17 +497,26 @@ def test_a_second_loop_does_nothing_while_the_first_has_the_lease(bench: Bench) 
     bench.until_over(job.id)
 
 
-def test_kill_minus_9_of_the_server_at_random_moments(bench: Bench) -> None:
-    """A server process of its own, killed five times while one job runs; some trainers are killed too."""
+def newest_step(bench: Bench, job_id: str) -> int:
+    """What the trainers have reached, by their journals."""
+    journals = (bench.home.jobs / job_id).glob("journal-*.jsonl")
+    lines = [line for journal in journals for line in journal.read_bytes().split(b"\n")[:-1]]
+    return max((json.loads(line)["step"] for line in lines if b'"metrics"' in line), default=0)
+
+
+@pytest.mark.parametrize("kills", [5, pytest.param(50, marks=[pytest.mark.soak, pytest.mark.timeout(900)])])
+def test_r04_kill_minus_9_of_the_server_at_random_moments(bench: Bench, kills: int) -> None:
+    """A server process of its own, killed again and again while one job runs; some trainers are killed too."""
     seed = int.from_bytes(os.urandom(4), "big")
     print(f"seed {seed}")
     chance = random.Random(seed)
-    job = bench.create(steps=100, sleep_s=0.04, checkpoint_every=2)
+    steps = 20 * kills
+    job = bench.create(steps=steps, sleep_s=0.04, checkpoint_every=2)
     environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(REPOSITORY)}
     servers: list[subprocess.Popen[bytes]] = []
     most_trainers = 0
     try:
-        for kill in range(5):
+        for kill in range(kills):
             command = [sys.executable, "-m", "tests.job_bench", str(bench.home.root)]
             servers.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE))
             assert servers[-1].stdout is not None and servers[-1].stdout.readline()
@@ -453,13 +528,15 @@ def test_kill_minus_9_of_the_server_at_random_moments(bench: Bench) -> None:
             servers[-1].wait()
             if kill % 3 == 2 and (bench.home.jobs / job.id / "trainer.json").exists():
                 bench.runners[0].kill(bench.process(job.id).pid)
+        reached = newest_step(bench, job.id)
+        bench.until(lambda: bench.job(job.id).step >= reached, limit_s=15)  # the state is right again
         done = bench.until_over(job.id)
     finally:
         for server in servers:
             server.kill()
             server.communicate()
     assert done.status == SUCCEEDED
-    assert bench.losses(job.id) == whole_run(5, 100)
+    assert bench.losses(job.id) == whole_run(5, steps)
     assert most_trainers <= 1
     with bench.storage.read() as tx:
         assert len(tx.models.list(PROJECT)) == 1
@@ -502,7 +579,7 @@ def test_shutdown_may_leave_the_trainer_alone(tmp_path: Path) -> None:
         bench.close()
 
 
-def test_a_file_of_an_unfinished_job_is_in_use(bench: Bench) -> None:
+def test_r17_a_file_of_an_unfinished_job_is_in_use(bench: Bench) -> None:
     job = bench.create(steps=2)
     with bench.storage.read() as tx:
         assert tx.jobs.using_file(PROJECT, job.training_file) == [job.id]

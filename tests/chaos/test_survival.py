@@ -3,9 +3,11 @@
 import json
 import os
 import random
+import resource
 import signal
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +121,34 @@ def test_ten_kills_change_nothing(server: LiveServer, tmp_path: Path, tiny_base:
     assert losses(server, job_id) == calm_losses, "a step is missing, doubled, or has another loss"
     assert adapter_hash(server) == calm_adapter
     assert job["trained_tokens"] == calm_job["trained_tokens"]
+
+
+@pytest.mark.soak
+def test_r13_a_starved_trainer_is_named_and_the_server_does_not_notice(server: LiveServer) -> None:
+    """Every attempt gets 700 MiB of address space, while /healthz is asked all the time."""
+    job_id = run_job(server)
+    work = server.home / "jobs" / job_id
+    starved: set[int] = set()
+    probes: list[float] = []
+    deadline = time.monotonic() + 240
+    with server.api() as api:
+        while server.job(job_id)["status"] not in ("succeeded", "failed") and time.monotonic() < deadline:
+            with suppress(OSError, ValueError):
+                pid = json.loads((work / "trainer.json").read_bytes())["pid"]
+                if pid not in starved:
+                    resource.prlimit(pid, resource.RLIMIT_AS, (700 * 2**20, 700 * 2**20))
+                    starved.add(pid)
+            began = time.monotonic()
+            api.get(server.address + "/healthz").raise_for_status()
+            probes.append(time.monotonic() - began)
+            time.sleep(0.02)
+        job = server.job(job_id)
+        codes = [event["code"] for event in api.get(f"/fine_tuning/jobs/{job_id}/events?limit=100").json()["data"]]
+    probes.sort()
+    print(f"{len(starved)} starved, {job['status']}, {job['error']}, p99 {probes[int(len(probes) * 0.99)]:.3f} s")
+    assert len(starved) == 2 and codes.count("micro_batch_halved") == 1, "one try with less, no more"
+    assert job["error"]["code"] == "out_of_memory" and job["error"]["suggestion"]["changes"]
+    assert probes[int(len(probes) * 0.99)] < 1.0
 
 
 def test_cancel_leaves_no_process_behind(server: LiveServer) -> None:
