@@ -24,6 +24,7 @@ from tunewright.jobs.spec import (
     Finished,
     JournalRecord,
     Metrics,
+    Rehearsed,
     Started,
     Stopped,
     TrainerProcess,
@@ -50,6 +51,12 @@ class Orders(msgspec.Struct):
     wrong_hash: bool = False
     adapters: bool = False
     """Checkpoints hold adapters; the newest two and that of step 2 are kept."""
+    rehearsal_s: float = 0.02
+    rehearsal_holds: bool = False
+    """It waits until it is asked to stop, killed, or there is a file `go` in its folder."""
+    rehearsal_crashes: int = 0
+    """How many of its attempts die by SIGKILL."""
+    rehearsal_fail: str | None = None
     holds: list[int] = []
     """Attempt n waits after step holds[n - 1] until it is asked to stop, killed, or there is a file `go`."""
 
@@ -75,6 +82,9 @@ class Trainer:
         if self.orders.fork_child:
             script = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
             subprocess.Popen([sys.executable, "-c", script])
+        if self.spec.rehearsal:
+            self.rehearse()
+            return
         self.crash_if(0)
         step = self.newest_checkpoint()
         self.write(
@@ -104,6 +114,34 @@ class Trainer:
             if step % self.orders.checkpoint_every == 0:
                 self.save(step)
         self.finish()
+
+    def rehearse(self) -> None:
+        if self.spec.attempt <= self.orders.rehearsal_crashes:
+            print(self.orders.say_before_crash, flush=True)
+            os.kill(os.getpid(), signal.SIGKILL)
+        until = time.monotonic() + self.orders.rehearsal_s
+        while time.monotonic() < until or (self.orders.rehearsal_holds and not (self.folder / "go").exists()):
+            if self.stop:
+                self.write(Stopped(step=0))
+                return
+            time.sleep(0.005)
+        if self.orders.rehearsal_fail:
+            message = "Memory was not enough for rows of {max_length} tokens"
+            self.write(Failed(code=self.orders.rehearsal_fail, message=message, values={"max_length": 64}))
+            return
+        self.write(
+            Rehearsed(
+                lines=[2, 1],
+                memory_peak_bytes=2 * 10**9,
+                micro_batch_tokens=1024,
+                seconds_per_step=0.5,
+                least_s=3.4,
+                most_s=7000.2,
+                tokens=250_000,
+                answer="yes",
+                seconds=0.3,
+            )
+        )
 
     def metrics(self, step: int) -> Metrics:
         return Metrics(

@@ -167,8 +167,9 @@ class Bench:
             tx.files.insert(file)
         return file.id
 
-    def create(self, seed: int = 5, **orders: Any) -> Job:
-        return self.jobs.create(PROJECT, CreateJob(model="tiny", training_file=self.upload(**orders), seed=seed))
+    def create(self, seed: int = 5, rehearsal: Any = None, **orders: Any) -> Job:
+        file_id = self.upload(**orders)
+        return self.jobs.create(PROJECT, CreateJob(model="tiny", training_file=file_id, seed=seed, rehearsal=rehearsal))
 
     def job(self, job_id: str) -> Job:
         return self.jobs.get(PROJECT, job_id)
@@ -205,10 +206,19 @@ class Bench:
     def process(self, job_id: str) -> TrainerProcess:
         return msgspec.json.decode((self.home.jobs / job_id / "trainer.json").read_bytes(), type=TrainerProcess)
 
+    def rehearsing(self, job_id: str) -> TrainerProcess | None:
+        """The newest process of the job's dress rehearsal, None before it has said its name."""
+        try:
+            data = (self.home.jobs / job_id / "rehearsal" / "trainer.json").read_bytes()
+        except FileNotFoundError:
+            return None
+        return msgspec.json.decode(data, type=TrainerProcess)
+
     def processes_left(self, job_id: str) -> list[int]:
         """Sessions of all processes whose command line names the job's folder, or that belong to its last trainer."""
         runner = LocalRunner()
-        found = runner.find(TRAINER, self.home.jobs / job_id)
+        folder = self.home.jobs / job_id
+        found = runner.find(TRAINER, folder) + runner.find(TRAINER, folder / "rehearsal")
         try:
             pid = self.process(job_id).pid
         except FileNotFoundError:

@@ -25,3 +25,8 @@ def wall_ms() -> int:
 def mono_s() -> float:
     """Monotonic seconds; only differences mean anything, and only within one boot of one machine."""
     return time.monotonic()
+
+
+def cpu_s() -> float:
+    """Processor seconds that this process has used, of all its threads; only differences mean anything."""
+    return time.process_time()

@@ -60,6 +60,9 @@ class Settings(BaseSettings):
     price_per_million_tokens: float | None = Field(
         default=None, ge=0, description="What a million trained tokens cost, for estimates; empty: no price is shown"
     )
+    rehearsal: Literal["auto", "always", "off"] = Field(
+        default="auto", description="Dress rehearsals of jobs that do not say: auto leaves out those of small jobs"
+    )
     token_cache_bytes: int = Field(
         default=10 * 2**30, ge=0, description="Tokenised data files kept in the home; 0 keeps none"
     )

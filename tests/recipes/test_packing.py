@@ -98,6 +98,7 @@ def rows_of_lengths(lengths: list[int]) -> packing.Rows:
     labels = np.array(lengths) - 1
     return packing.Rows(
         tokens=np.arange(ends[-1], dtype=np.int32),
+        lines=np.arange(len(lengths)) + 1,
         starts=ends - lengths,
         lengths=np.array(lengths),
         n_labels=labels,

@@ -77,6 +77,7 @@ class CreateBody(BaseModel):
     max_bad_ratio: _Number = None
     validation_split: _Number = None
     priority: Annotated[Any, WithJsonSchema({"enum": [*PRIORITIES, None]})] = None
+    rehearsal: Annotated[Any, WithJsonSchema({"enum": ["auto", "always", "off", None]})] = None
     lora_rank: _Hyperparameter = None
     lora_alpha: _Hyperparameter = None
     max_length: _Hyperparameter = None
@@ -121,6 +122,7 @@ def create_job(body: CreateBody) -> CreateJob:
         max_bad_ratio=body.max_bad_ratio,
         validation_split=body.validation_split,
         priority=body.priority,
+        rehearsal=body.rehearsal,
     )
 
 

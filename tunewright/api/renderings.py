@@ -6,6 +6,7 @@ from typing import Any
 from tunewright.datasets.presentation import status_sentence
 from tunewright.datasets.records import File
 from tunewright.i18n import translate
+from tunewright.jobs import rehearsals
 from tunewright.jobs.line import QueuePlace
 from tunewright.jobs.records import CheckpointPage, Job, JobCheckpoint, JobEvent
 from tunewright.models.checkpoint_names import checkpoint_name
@@ -73,7 +74,7 @@ def job_object(
         "max_bad_rows": job.tolerance.get("max_bad_rows"),
         "max_bad_ratio": job.tolerance.get("max_bad_ratio"),
         "validation_split": job.validation_split,
-        "rehearsal": job.rehearsal or None,
+        "rehearsal": rehearsals.shown(job),
         "progress": {"step": job.step, "total_steps": job.total_steps},
         "priority": job.priority,
         "queue": None if place is None else _queue_object(place, language),

@@ -20,6 +20,7 @@ from tunewright.jobs.moves import Moves
 from tunewright.jobs.ports import OnEnd, Prover, Runner, nothing_at_end
 from tunewright.jobs.preparation import Preparation
 from tunewright.jobs.publication import Publication
+from tunewright.jobs.rehearsals import Rehearsals
 from tunewright.jobs.trainers import Trainers
 from tunewright.settings import HomeFolder, Settings
 
@@ -68,6 +69,7 @@ class JobController:
             self._trainers,
             Preparation(storage, blobs, catalogue, home, settings),
             Publication(storage, blobs, models, home, prover, on_end),
+            Rehearsals(storage, settings, home.jobs, runner, trainer_module),
             prover,
             self.wake,
             on_end,

@@ -28,6 +28,7 @@ def same_again(job: Job) -> CreateJob:
         max_bad_ratio=job.tolerance.get("max_bad_ratio"),
         validation_split=job.validation_split,
         priority=job.priority,
+        rehearsal=job.rehearsal.get("wanted"),
     )
 
 

@@ -20,6 +20,7 @@ NEED_VALIDATION = ("early_stopping", "eval_steps")
 SUPERVISED = "supervised"
 DPO = "dpo"
 QLORA = "qlora"
+REHEARSALS = ("auto", "always", "off")
 LARGEST_SEED = 2**31 - 1
 MOST_BAD_ROWS = 100_000
 LARGEST_BAD_RATIO = 0.5
@@ -47,6 +48,7 @@ class CreateJob(msgspec.Struct, frozen=True, kw_only=True):
     max_bad_ratio: Any = None
     validation_split: Any = None
     priority: Any = None
+    rehearsal: Any = None
 
 
 def with_changes(request: CreateJob, changes: Mapping[str, Any]) -> CreateJob:
@@ -269,6 +271,19 @@ def check_measured(requested: Mapping[str, Any], validation_file: str | None, va
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def check_rehearsal(wish: Any) -> str | None:
+    """None if absent: the server's setting holds. Raises InvalidRequest(`invalid_value`)."""
+    if wish is None or (isinstance(wish, str) and wish in REHEARSALS):
+        return wish
+    raise InvalidRequest(
+        "invalid_value",
+        mark("rehearsal must be one of {known}, not {value}."),
+        param="rehearsal",
+        known=", ".join(REHEARSALS),
+        value=quote(wish),
+    )
 
 
 def check_suffix(suffix: Any) -> str | None:

@@ -162,7 +162,9 @@ _AGAIN = mark("Nothing needs to change: retry the job as it is.")
 _UPLOAD = mark("Upload the file again and create the job with the new id.")
 _PULL = mark("An operator must fetch the base model again: tunewright models pull. Then retry the job as it is.")
 _BUG = mark("Retry the job as it is. If it fails again, an operator finds the details in the server's log.")
-_ROOM = mark("An operator must make room on the disk; the job goes on by itself.")
+_ROOM = mark(
+    "An operator must make room on the disk. A job that has failed can then be retried; any other goes on by itself."
+)
 _OTHER_BASE = mark("Choose another base model or another method.")
 
 UNKNOWN = Explanation(mark("The code says what happened; nothing more is known."), _say(_BUG))
@@ -273,6 +275,10 @@ EXPLANATIONS: dict[str, Explanation] = {
     ),
     # the machine
     "insufficient_storage": Explanation(mark("The disk is full."), _say(_ROOM)),
+    "checkpoint_not_restored": Explanation(
+        mark("A checkpoint does not come back from the disk as it was written."),
+        _say(mark("Let an operator look at the disk; then retry the job as it is.")),
+    ),
     "checkpoint_unrecoverable": Explanation(
         mark("Every checkpoint of the job is damaged; they were put aside. Starting again in silence would hide that."),
         _say(mark("Retry the job as it is: it begins at step 0. Let an operator look at the disk.")),

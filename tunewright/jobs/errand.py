@@ -2,7 +2,9 @@
 
 import threading
 from collections.abc import Callable
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
+
+from tunewright.jobs.records import Job
 
 T = TypeVar("T")
 
@@ -36,3 +38,26 @@ class Errand(Generic[T]):
             self._error = error
         self._over.set()
         self._then()
+
+
+class Errands:
+    """At most one errand for each job, of one kind for one attempt. May be forgotten: the call is then made again."""
+
+    def __init__(self, wake: Callable[[], None]) -> None:
+        self._wake = wake
+        self._known: dict[str, tuple[str, int, Errand[Any]]] = {}
+
+    def result_of(self, job: Job, kind: str, call: Callable[[], T]) -> Errand[T] | None:
+        """Start `call` beside the loop unless that is done already; the errand itself once it is over, then forgotten."""
+        known = self._known.get(job.id)
+        if known is None or known[:2] != (kind, job.attempt):
+            self._known[job.id] = (kind, job.attempt, Errand(call, self._wake))
+            return None
+        if not known[2].over:
+            return None
+        del self._known[job.id]
+        return known[2]
+
+    def forget_others(self, job_ids: set[str]) -> None:
+        """Keep those of these jobs only."""
+        self._known = {job_id: known for job_id, known in self._known.items() if job_id in job_ids}

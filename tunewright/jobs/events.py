@@ -8,7 +8,7 @@ import msgspec
 from tunewright.clock import wall_s
 from tunewright.i18n import mark
 from tunewright.ids import new_id
-from tunewright.jobs.records import Job, JobCheckpoint, JobEvent
+from tunewright.jobs.records import VALIDATING, Job, JobCheckpoint, JobEvent
 from tunewright.jobs.spec import Checkpoint, Metrics, RowChoice
 
 _LEVELS = {"warn": "warn", "warning": "warn", "error": "error"}
@@ -42,7 +42,7 @@ def created(job: Job) -> JobEvent:
 
 
 def prepared(job: Job, choice: RowChoice) -> list[JobEvent]:
-    """What is used of the files of a job that goes into the queue, and what is not."""
+    """What is used of the files of a job that goes into the queue or into its rehearsal, and what is not."""
     found = []
     bad = len(choice.train.skip) + (len(choice.validation.skip) if choice.validation else 0)
     if bad:
@@ -51,8 +51,34 @@ def prepared(job: Job, choice: RowChoice) -> list[JobEvent]:
     if job.validation_split is not None and choice.validation is not None:
         text = mark("{validation} rows are kept for validation, {train} are trained on")
         found.append(message(job, "validation_split", text, validation=choice.validation.rows, train=choice.train.rows))
+    if job.status == VALIDATING:
+        text = mark("The files are in place: {rows} rows. The dress rehearsal is next")
+        return [*found, message(job, "rehearsing", text, rows=choice.train.rows)]
     text = mark("The files are in place: {rows} rows. The job is queued")
     return [*found, message(job, "queued", text, rows=choice.train.rows)]
+
+
+def rehearsed(job: Job, found: dict[str, Any]) -> list[JobEvent]:
+    """What the rehearsal of a job that goes into the queue has measured (`rehearsals.measured`)."""
+    text = mark(
+        "Rehearsed with the rows of lines {lines}: memory peak {memory} GB, {step_s} s a step. Training will take between "
+        "{least} and {most}"
+    )
+    values: dict[str, Any] = {
+        "lines": ", ".join(map(str, found["rows"])),
+        "memory": f"{found['memory_peak_bytes'] / 1e9:.1f}",
+        "step_s": f"{found['seconds_per_step']:.2g}",
+        "least": clock_text(found["estimated_seconds"]["least"]),
+        "most": clock_text(found["estimated_seconds"]["most"]),
+    }
+    if found["price"] is not None:
+        text = mark(
+            "Rehearsed with the rows of lines {lines}: memory peak {memory} GB, {step_s} s a step. Training will take between "
+            "{least} and {most}, at a price of {price}"
+        )
+        values["price"] = found["price"]["most"]
+    event = msgspec.structs.replace(message(job, "rehearsed", text, **values), data={"rehearsal": found})
+    return [event, message(job, "queued", mark("The dress rehearsal went well. The job is queued"))]
 
 
 def succeeded(job: Job) -> JobEvent:

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import msgspec
 
-from tunewright.jobs.spec import Failed, Finished, JournalRecord, Started, Stopped, decode_record
+from tunewright.jobs.spec import Failed, Finished, JournalRecord, Rehearsed, Started, Stopped, decode_record
 
-Terminal = Finished | Failed | Stopped
+Terminal = Finished | Rehearsed | Failed | Stopped
 _READ_BYTES = 1 << 20
 _LONGEST_LINE_BYTES = 16 << 20
 

@@ -91,6 +91,10 @@ class Line:
         by_id = {job.id: job for job in waiting}
         return by_id[found.job.id], [by_id[job.id] for job in found.passed]
 
+    def has_memory(self, job: Job, busy: list[Job]) -> bool:
+        """Whether memory and GPUs are enough for the job beside the `busy` ones."""
+        return scheduling.fits(_waiting(job, None), [self._running(other, None) for other in busy], self.room())
+
     def places(self, tx: "Transaction") -> dict[str, QueuePlace]:
         """Where every queued job of all projects stands."""
         jobs = tx.jobs.unfinished()

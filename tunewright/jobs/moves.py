@@ -9,13 +9,13 @@ import structlog
 from tunewright.clock import mono_s, wall_s_after
 from tunewright.errors import Misconfigured, StorageFull, TunewrightError, Unavailable
 from tunewright.i18n import mark
-from tunewright.jobs import diagnosis, events, progress, recovery
-from tunewright.jobs.errand import Errand
+from tunewright.jobs import diagnosis, events, progress, recovery, rehearsals
+from tunewright.jobs.errand import Errands
 from tunewright.jobs.journal_reader import Terminal, read_batch
 from tunewright.jobs.last_words import evidence_of, recognise
 from tunewright.jobs.line import Line, gigabytes
 from tunewright.jobs.ports import OnEnd, Prover
-from tunewright.jobs.preparation import Preparation
+from tunewright.jobs.preparation import Preparation, Prepared
 from tunewright.jobs.publication import Proven, Publication
 from tunewright.jobs.records import (
     CANCELLED,
@@ -29,6 +29,7 @@ from tunewright.jobs.records import (
     Job,
     JobEvent,
 )
+from tunewright.jobs.rehearsals import Broken, Rehearsals
 from tunewright.jobs.signatures import PREEMPTED, Signature
 from tunewright.jobs.spec import Failed, Finished, Hyperparameters, Stopped
 from tunewright.jobs.trainers import Trainers
@@ -61,6 +62,7 @@ class Moves:
         trainers: Trainers,
         preparation: Preparation,
         publication: Publication,
+        rehearsals: Rehearsals,
         prover: Prover,
         wake: Callable[[], None],
         on_end: OnEnd,
@@ -71,17 +73,18 @@ class Moves:
         self._trainers = trainers
         self._preparation = preparation
         self._publication = publication
+        self._rehearsals = rehearsals
         self._prover = prover
         self._wake = wake
         self._on_end = on_end
         self._line = line
-        self._occupied = 0
         self._next: tuple[Job, list[Job]] | None = None
         """The job whose turn it is in this pass, and those that it passes."""
         self._measured_s = -_MEASURE_EVERY_S
+        self._rehearse_next: str | None = None
         self._settled: dict[str, int] = {}
         """Job id -> the attempt of which no process is left and whose whole journal is stored."""
-        self._errands: dict[str, tuple[str, int, Errand[Any]]] = {}
+        self._errands = Errands(wake)
         self._warmed: set[str] = set()
         self._proof_since_s: dict[str, float] = {}
         self._not_before_s: dict[str, float] = {}
@@ -94,14 +97,15 @@ class Moves:
         }
 
     def begin_pass(self, jobs: list[Job]) -> None:
-        """Count the trainers that take a place, and forget jobs that have ended."""
-        self._occupied = sum(job.status in (RUNNING, CANCELLING) or self._unsettled(job) for job in jobs)
+        """Forget jobs that have ended."""
         ids = {job.id for job in jobs}
-        for memory in (self._settled, self._errands, self._proof_since_s, self._not_before_s):
+        for memory in (self._settled, self._proof_since_s, self._not_before_s):
             for job_id in set(memory) - ids:
                 del memory[job_id]
         self._warmed &= ids
         self._trainers.forget_others(ids)
+        self._rehearsals.forget_others(ids)
+        self._errands.forget_others(ids)
 
     def choose_next(self, jobs: list[Job], resting: Collection[str]) -> None:
         """Decide whose turn it is. Jobs that are `resting` after a trouble are passed over in this pass."""
@@ -113,6 +117,18 @@ class Moves:
             self._measure(busy)
             with self._storage.read() as tx:
                 self._next = self._line.next_start(tx, waiting, busy)
+        self._rehearse_next = self._next_rehearsal(jobs, busy, waiting)
+
+    def _next_rehearsal(self, jobs: list[Job], busy: list[Job], waiting: list[Job]) -> str | None:
+        """One at a time, also beside as many trainers as may run: it is short, and a failure should be known soon. But never
+        beyond the memory, and it takes no place from a queued job (`waiting`) that is about to start."""
+        free = len(busy) < self._settings.max_running_jobs
+        if any(rehearsals.is_under_way(job) for job in jobs) or (free and waiting):
+            return None
+        due = [job for job in jobs if self._rehearsals.is_due(job) and job.resources]
+        if due:
+            self._measure(busy)
+        return next((job.id for job in due if self._line.has_memory(job, busy)), None)
 
     def move(self, job: Job) -> bool:
         """At most one step for `job`; whether there is reason to look again soon. Anything raised may be tried again."""
@@ -124,6 +140,8 @@ class Moves:
             return not self._cancelling(job)
         if job.status == PAUSED:
             return not self._paused(job)
+        if job.status == VALIDATING:
+            return self._rehearsals.park(job, self._settings.cancel_grace_s)
         if job.status != RUNNING:
             return True
         ended = self._trainers.end(job, self._settings.cancel_grace_s)
@@ -141,26 +159,78 @@ class Moves:
         if tries < _MOST_BUG_TRIES or isinstance(error, OSError | TunewrightError) or FAILED not in MOVES[job.status]:
             return
         self._trainers.kill(job)
+        self._rehearsals.kill(job)
         text = mark("An internal error stopped this job. The server's log has the details.")
         self._fail(job, "internal_error", text, None, {})
 
     # --- validating -------------------------------------------------------------------------------------------------
 
     def _validating(self, job: Job) -> bool:
-        errand = self._errand(job, "prepare", lambda: self._preparation.prepare(job))
+        if rehearsals.is_under_way(job):
+            self._follow_rehearsal(job)
+            return True
+        if rehearsals.is_waiting(job):
+            if not job.resources:
+                self._note_needs(job)
+            elif not self._fails_for_size(job) and self._rehearse_next == job.id:
+                self._start_rehearsal(job)
+            return True
+        errand = self._errands.result_of(job, "prepare", lambda: self._prepared(job))
         if errand is None:
             return True
         try:
-            prepared = errand.result()
+            prepared, reason = errand.result()
         except TunewrightError as error:
             self._fail_unless_temporary(job, error)
             return True
+        changes: dict[str, Any] = {"hyperparameters": _as_dict(prepared.hyperparameters)}
+        if reason is None:
+            changes["rehearsal"] = job.rehearsal | {"status": rehearsals.WAITING}
+        else:
+            changes["rehearsal"] = job.rehearsal | {"status": rehearsals.SKIPPED, "reason": reason}
+            changes["status"] = QUEUED
         with self._storage.write() as tx:
-            changed = tx.jobs.change(job, status=QUEUED, hyperparameters=_as_dict(prepared.hyperparameters))
+            changed = tx.jobs.change(job, **changes)
             if changed is not None:
                 tx.jobs.add_events(events.prepared(changed, prepared.choice))
         self._wake()
         return True
+
+    def _prepared(self, job: Job) -> tuple[Prepared, str | None]:
+        """What is known of the job, and why it needs no rehearsal, if it needs none. Slow."""
+        prepared = self._preparation.prepare(job)
+        return prepared, self._rehearsals.reason_to_skip(job, self._preparation.base(job), prepared)
+
+    # --- rehearsing (a validating job, too) ---------------------------------------------------------------------------
+
+    def _start_rehearsal(self, job: Job) -> None:
+        try:
+            spec = self._line.within_limits(job, self._preparation.spec(msgspec.structs.replace(job, attempt=1)))
+        except TunewrightError as error:
+            self._fail_unless_temporary(job, error)
+            return
+        self._rehearsals.start(job, spec)
+
+    def _follow_rehearsal(self, job: Job) -> None:
+        outcome = self._rehearsals.follow(job)
+        if outcome is None:
+            return
+        if isinstance(outcome, Broken):
+            failed = outcome.failed
+            self._fail(
+                job,
+                failed.code,
+                failed.message,
+                failed.param,
+                failed.values,
+                signature=outcome.signature,
+                evidence=outcome.evidence,
+                rehearsal=job.rehearsal | {"status": rehearsals.FAILED},
+            )
+        else:
+            self._rehearsals.store(job, outcome, self._preparation.price_per_million_tokens(job))
+        self._rehearsals.clean(job)
+        self._wake()
 
     # --- queued -----------------------------------------------------------------------------------------------------
 
@@ -183,7 +253,7 @@ class Moves:
 
     def _takes_place(self, job: Job) -> bool:
         """Whether a trainer of the job is there, or its place is kept for the moment until it is started again."""
-        if job.status in (RUNNING, CANCELLING) or self._unsettled(job):
+        if job.status in (RUNNING, CANCELLING) or self._unsettled(job) or rehearsals.is_under_way(job):
             return True
         left_s = self._not_before_s.get(job.id, 0.0) - mono_s()
         return job.status == QUEUED and job.interrupted and 0 < left_s <= recovery.LONGEST_DELAY_S
@@ -235,7 +305,6 @@ class Moves:
                 tx.jobs.change(other, passes=other.passes + 1)
         if started is None:
             return
-        self._occupied += 1
         try:
             self._trainers.launch(started, spec)
         except OSError:
@@ -266,7 +335,7 @@ class Moves:
             elif isinstance(terminal, Failed):
                 evidence = evidence_of(self._trainers.death(job))
                 self._fail(job, terminal.code, terminal.message, terminal.param, terminal.values, evidence=evidence)
-            else:
+            elif isinstance(terminal, Stopped):
                 self._preempted(job, terminal)
         return True
 
@@ -312,7 +381,9 @@ class Moves:
         self._requeue(job, events.message(job, failed.code, failed.message, level="warn", **values))
 
     def _finish(self, job: Job, finished: Finished) -> None:
-        errand = self._errand(job, "prove", lambda: self._publication.prove(job, self._preparation.base(job), finished))
+        errand = self._errands.result_of(
+            job, "prove", lambda: self._publication.prove(job, self._preparation.base(job), finished)
+        )
         if errand is None:
             return
         try:
@@ -332,6 +403,8 @@ class Moves:
     # --- cancelling, paused -----------------------------------------------------------------------------------------
 
     def _cancelling(self, job: Job) -> bool:
+        if not self._rehearsals.end(job, self._settings.cancel_grace_s):
+            return True
         followed = self._settle(job, self._settings.cancel_grace_s)
         if followed is None:
             return True
@@ -407,8 +480,9 @@ class Moves:
         *,
         signature: Signature | None = None,
         evidence: str = "",
+        rehearsal: dict[str, Any] | None = None,
     ) -> None:
-        """`signature` is what a trainer died of."""
+        """`signature` is what a trainer died of, `rehearsal` how that stands if it is what failed."""
         base = self._preparation.known_base(job)
         error = diagnosis.explain(job, base, code, message, param, values, signature=signature, evidence=evidence)
         event = events.message(job, "failed", message, level="error")
@@ -419,8 +493,12 @@ class Moves:
                 finished_at=wall_s_after(job.created_at, job.running_at),
                 estimated_finish=None,
                 error=error,
+                **({} if rehearsal is None else {"rehearsal": rehearsal}),
             )
             if changed is not None:
+                if rehearsal is not None:
+                    text = mark("The dress rehearsal failed, so the job does not go into the queue")
+                    tx.jobs.add_events([events.message(changed, "rehearsal_failed", text, level="error")])
                 tx.jobs.add_events([msgspec.structs.replace(event, code=code, values=error.values)])
                 self._on_end(tx, changed)
         if changed is not None:
@@ -449,17 +527,6 @@ class Moves:
             self._prover.warm(self._preparation.base(job))
         except Exception:
             log.exception("warming_failed", job=job.id)
-
-    def _errand(self, job: Job, kind: str, call: Callable[[], T]) -> Errand[T] | None:
-        """Start `call` beside the loop unless that is done already; the errand itself once it is over, then forgotten."""
-        known = self._errands.get(job.id)
-        if known is None or known[:2] != (kind, job.attempt):
-            self._errands[job.id] = (kind, job.attempt, Errand(call, self._wake))
-            return None
-        if not known[2].over:
-            return None
-        del self._errands[job.id]
-        return known[2]
 
 
 def _as_dict(hyperparameters: Hyperparameters) -> dict[str, Any]:

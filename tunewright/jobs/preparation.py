@@ -112,6 +112,12 @@ class Preparation:
         """What its trainer takes (`needs.py`). Raises what `prepare` raises."""
         return needs(job, self.base(job), self._files(job)["train"].rows or 0, most_bytes, gpus)
 
+    def price_per_million_tokens(self, job: Job) -> float | None:
+        """The base's own price, else the operator's; None if there is none."""
+        base = self.known_base(job)
+        own = None if base is None else base.price_per_million_tokens
+        return self._settings.price_per_million_tokens if own is None else own
+
     def known_base(self, job: Job) -> Base | None:
         """The job's base, pulled or not; None if the catalogue has it no more."""
         return self._catalogue.find(job.base_code)

@@ -14,9 +14,10 @@ FAILED = "failed"
 CANCELLED = "cancelled"
 
 TERMINAL = frozenset({SUCCEEDED, FAILED, CANCELLED})
-# A queued or paused job that had a trainer is cancelled by way of `cancelling`: that trainer may not be gone yet.
+# A job that may have a process is cancelled by way of `cancelling`: queued or paused that of a trainer, validating that of
+# the dress rehearsal.
 MOVES: dict[str, frozenset[str]] = {
-    VALIDATING: frozenset({QUEUED, FAILED, CANCELLED}),
+    VALIDATING: frozenset({QUEUED, FAILED, CANCELLING, CANCELLED}),
     QUEUED: frozenset({RUNNING, CANCELLING, CANCELLED, FAILED, PAUSED}),
     RUNNING: frozenset({SUCCEEDED, FAILED, CANCELLING, QUEUED, PAUSED}),
     CANCELLING: frozenset({CANCELLED, SUCCEEDED}),

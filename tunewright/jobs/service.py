@@ -12,7 +12,7 @@ from tunewright.datasets.records import File
 from tunewright.errors import Conflict, InvalidRequest, NotFound, RateLimited, quote
 from tunewright.i18n import mark
 from tunewright.ids import new_id
-from tunewright.jobs import copies, creation, events
+from tunewright.jobs import copies, creation, events, rehearsals
 from tunewright.jobs.creation import CreateJob
 from tunewright.jobs.hyperparameters import parse
 from tunewright.jobs.line import Line, QueuePlace
@@ -182,7 +182,7 @@ class JobService:
                 return job
             if job.status in (SUCCEEDED, FAILED):
                 _refuse(job, "cancel")
-            if job.status == RUNNING or job.attempt > 0:
+            if job.status == RUNNING or job.attempt > 0 or rehearsals.is_under_way(job):
                 changed = _change(tx, job, status=CANCELLING)
                 event = events.message(changed, "cancelling", mark("Cancelling: waiting for the trainer to end"))
             else:
@@ -336,6 +336,7 @@ class JobService:
         requested = parse(request.hyperparameters, method=request.method, context_tokens=base.context_tokens)
         creation.check_measured(requested, validation_file, validation_split)
         suffix = creation.check_suffix(request.suffix)
+        rehearsal = creation.check_rehearsal(request.rehearsal)
         seed = creation.check_seed(request.seed)
         metadata = creation.check_metadata(request.metadata)
         priority = creation.check_priority(request.priority)
@@ -368,6 +369,7 @@ class JobService:
             request_id=request_id,
             tolerance=msgspec.to_builtins(tolerance),
             validation_split=validation_split,
+            rehearsal={} if rehearsal is None else {"wanted": rehearsal},
             created_at=wall_s(),
         )
 

@@ -14,6 +14,9 @@
       result/               the adapter in PEFT's format, or of training type full a whole model with MANIFEST.json; published
                             by one rename before the `finished` record
 
+      rehearsal/            work folder of the dress rehearsal: the same files again, but for the data; `rehearsed` takes the
+                            place of `finished`
+
 A trainer never opens the database. SIGTERM asks it to stop at the next step: it then saves a checkpoint and writes `stopped`.
 """
 
@@ -21,6 +24,8 @@ from typing import Any
 
 import msgspec
 
+COMPUTING = "computing.json"
+"""In a work folder: how a training is computed. The training takes over what its rehearsal chose, whose memory was measured."""
 MANIFEST = "MANIFEST.json"
 """Of a result that is a whole model: `files` is name -> sha256 of every other file."""
 
@@ -110,6 +115,8 @@ class TrainingSpec(msgspec.Struct, frozen=True, kw_only=True):
     token_cache: str | None = None
     """Folder of the tokenised data files (datasets/tokens/packed_cache.py); None keeps none."""
     token_cache_bytes: int = 0
+    rehearsal: bool = False
+    """Only try the training out: two steps, a checkpoint, an answer, and what that tells of the rest."""
 
 
 class TrainerProcess(msgspec.Struct, frozen=True, kw_only=True):
@@ -189,6 +196,28 @@ class Finished(msgspec.Struct, frozen=True, kw_only=True, tag="finished"):
     """Whose weights they are; None: of the last one."""
 
 
+class Rehearsed(msgspec.Struct, frozen=True, kw_only=True, tag="rehearsed"):
+    """The last record of a dress rehearsal that went well."""
+
+    lines: list[int]
+    """Of the training file: where the rows stand that were rehearsed with."""
+    memory_peak_bytes: int
+    """Of the process (resident set)."""
+    gpu_memory_peak_bytes: int | None = None
+    micro_batch_tokens: int
+    seconds_per_step: float
+    """Of a step of the training, on average."""
+    least_s: float
+    most_s: float
+    """Between these is what the whole training will take."""
+    tokens: int
+    """Of all epochs."""
+    answer: str
+    """The beginning of what the model, loaded again from the checkpoint, answers to the first rehearsed row."""
+    seconds: float
+    """What the rehearsal took, its start included."""
+
+
 class Failed(msgspec.Struct, frozen=True, kw_only=True, tag="failed"):
     """The last record of a failure that a retry would not mend."""
 
@@ -204,7 +233,7 @@ class Stopped(msgspec.Struct, frozen=True, kw_only=True, tag="stopped"):
     step: int
 
 
-JournalRecord = Started | Metrics | Checkpoint | Note | Finished | Failed | Stopped
+JournalRecord = Started | Metrics | Checkpoint | Note | Finished | Rehearsed | Failed | Stopped
 
 encode_record = msgspec.json.Encoder().encode
 decode_record = msgspec.json.Decoder(JournalRecord).decode

@@ -39,15 +39,19 @@ class _Watch:
 class Trainers:
     """At most one live trainer for each job; `job.attempt` says which."""
 
-    def __init__(self, jobs_folder: Path, runner: Runner, module: str, heartbeat_limit_s: float) -> None:
+    def __init__(
+        self, jobs_folder: Path, runner: Runner, module: str, heartbeat_limit_s: float, subfolder: str = ""
+    ) -> None:
+        """`subfolder` of a job's folder is where they work; empty: in the job's folder itself."""
         self._folder = jobs_folder
+        self._subfolder = subfolder
         self._runner = runner
         self._module = module
         self._heartbeat_limit_s = heartbeat_limit_s
         self._watches: dict[str, _Watch] = {}
 
     def folder(self, job: Job) -> Path:
-        return self._folder / job.id
+        return self._folder / job.id / self._subfolder
 
     def journal(self, job: Job) -> Path:
         return self.folder(job) / f"journal-{job.attempt}.jsonl"

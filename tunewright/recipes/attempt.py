@@ -5,7 +5,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-from tunewright.jobs.spec import Failed, JournalRecord, Note, Started, Stopped, TrainingSpec
+from tunewright.jobs.spec import Failed, JournalRecord, Note, Rehearsed, Started, Stopped, TrainingSpec
 from tunewright.recipes.journal_writer import JournalWriter
 
 UNFINISHED_RESULT = ".prepare-result"
@@ -33,8 +33,8 @@ class Attempt:
 
     def write(self, record: JournalRecord) -> None:
         """Append to the journal. What is told before Started waits for it, because Started is the first record of an attempt
-        that gets so far; an attempt that does not ends with its notes and its last record."""
-        if self._waiting is not None and not isinstance(record, Started | Failed | Stopped):
+        that gets so far; an attempt that does not, or that only rehearses, ends with its notes and its last record."""
+        if self._waiting is not None and not isinstance(record, Started | Rehearsed | Failed | Stopped):
             self._waiting.append(record)
             return
         waiting, self._waiting = self._waiting or [], None

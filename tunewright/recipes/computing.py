@@ -18,9 +18,8 @@ import torch
 from tunewright.clock import mono_s
 from tunewright.files_on_disk import write_atomically
 from tunewright.jobs.memory_estimate import MICRO_BATCH_TOKENS, MemoryPlan, choose_plan, sizes_of
-from tunewright.jobs.spec import TrainingSpec
+from tunewright.jobs.spec import COMPUTING, TrainingSpec
 
-COMPUTING = "computing.json"
 PER_CONVERSATION, FLEX, FLASH = "per_conversation", "flex_attention", "flash_attention_2"
 _WORTHWHILE = 1.3
 """By so much must bfloat16 be faster: what is not a matrix product gains nothing by it."""

@@ -9,6 +9,7 @@ Shapes: T tokens of the micro-batch, N labels, H heads, K key-value heads, D hea
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
@@ -138,6 +139,19 @@ def _ends_of_conversations(model: Any, lengths: list[int], device: torch.device)
     ends = functional.pad(torch.tensor(lengths).cumsum(0), (1, 0)).to(device, torch.int32)
     longest = max(lengths)
     return {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
+
+
+@torch.no_grad()
+def next_token(model: Any, tokens: np.ndarray, device: torch.device) -> int:
+    """The likeliest token after `tokens` (T,), by the same forward pass as in training."""
+    hidden_1TC = model.base_model(
+        input_ids=torch.from_numpy(tokens.astype(np.int64))[None].to(device),
+        position_ids=torch.arange(len(tokens), device=device)[None],
+        use_cache=False,
+        **_ends_of_conversations(model, [len(tokens)], device),
+    ).last_hidden_state
+    head_VC = model.get_output_embeddings().weight
+    return int((head_VC @ hidden_1TC[0, -1].to(head_VC.dtype)).argmax())
 
 
 def _with_trained_head(

@@ -3,9 +3,9 @@
 import os
 from pathlib import Path
 
-from tunewright.jobs.spec import Checkpoint, Failed, Finished, JournalRecord, Stopped, encode_record
+from tunewright.jobs.spec import Checkpoint, Failed, Finished, JournalRecord, Rehearsed, Stopped, encode_record
 
-DURABLE = (Checkpoint, Failed, Finished, Stopped)
+DURABLE = (Checkpoint, Failed, Finished, Rehearsed, Stopped)
 """Records that must be on the disk before the trainer goes on: the server acts on them."""
 
 

@@ -4,8 +4,8 @@ Conversations are laid end to end without padding; `lengths` says where one ends
 """
 
 import tempfile
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -38,12 +38,14 @@ class Tally:
 @dataclass(frozen=True)
 class Rows:
     """All usable rows of a file. Row i is `tokens[starts[i]:starts[i] + lengths[i]]`; `tokens` may be longer than all rows
-    and lies on the disk. `n_labels` are the labels of each row: the spans `spans[first_span[i]:end_span[i]]`.
+    and lies on the disk. `n_labels` are the labels of each row: the spans `spans[first_span[i]:end_span[i]]`. `lines` says
+    in which line of the file, from 1, each row stands.
 
     A label is never the first token of a row, which nothing predicts. `cached`: nothing had to be tokenised.
     """
 
     tokens: np.ndarray
+    lines: np.ndarray
     starts: np.ndarray
     lengths: np.ndarray
     n_labels: np.ndarray
@@ -67,6 +69,12 @@ class Rows:
     def members(self, example: int) -> range:
         """The rows of one example."""
         return range(example * self.sides, (example + 1) * self.sides)
+
+    def only(self, examples: Sequence[int]) -> "Rows":
+        """These examples alone, in this order; one may stand there twice."""
+        kept = np.array([row for example in examples for row in self.members(example)], dtype=np.int64)
+        per_row = ("lines", "starts", "lengths", "n_labels", "first_span", "end_span")
+        return replace(self, **{name: getattr(self, name)[kept] for name in per_row})
 
     def length(self, row: int) -> int:
         """Tokens of one row."""
@@ -169,6 +177,7 @@ def _chosen(
     cut_lines = np.unique(packed.lines[usable][lost > 0])
     return Rows(
         tokens=packed.tokens,
+        lines=packed.lines[usable],
         starts=packed.starts[usable],
         lengths=np.minimum(packed.lengths[usable], max_length),
         n_labels=n_labels[usable],

@@ -48,7 +48,7 @@ class _Sums:
 
 def train(attempt: Attempt) -> Finished:
     """Train what the attempt's spec asks for; when this returns, `result/` is complete. Raises what `text.train` raises."""
-    return text.finish(PreferenceTraining, attempt)
+    return text.explaining_memory(attempt, lambda: PreferenceTraining(attempt).run())
 
 
 class PreferenceTraining(text.Training):
@@ -56,8 +56,8 @@ class PreferenceTraining(text.Training):
 
     sides = 2
 
-    def __init__(self, attempt: Attempt) -> None:
-        super().__init__(attempt)
+    def __init__(self, attempt: Attempt, data: tuple[packing.Rows, packing.Rows | None] | None = None) -> None:
+        super().__init__(attempt, data)
         self.beta = self.wanted.beta or 0.1
         self.reference: dict[str, torch.Tensor] = {}
 
@@ -86,12 +86,14 @@ class PreferenceTraining(text.Training):
 
     # --- loop ---
 
+    def _before_first_step(self) -> None:
+        self.reference["train"] = self._within_memory(lambda: self._ask_reference(self.rows))
+        if (validation := self.validation) is not None:
+            self.reference["validation"] = self._within_memory(lambda: self._ask_reference(validation))
+
     def _loop(self, progress: Progress) -> Progress:
-        if not self.reference:
-            # No checkpoint was read, so the weights are still those of the beginning.
-            self.reference["train"] = self._within_memory(lambda: self._ask_reference(self.rows))
-            if (validation := self.validation) is not None:
-                self.reference["validation"] = self._within_memory(lambda: self._ask_reference(validation))
+        if not self.reference:  # no checkpoint was read, so the weights are still those of the beginning
+            self._before_first_step()
         return super()._loop(progress)
 
     @torch.no_grad()

@@ -79,7 +79,11 @@ def run(attempt: Attempt) -> JournalRecord:
 
 
 def _recipe(spec: TrainingSpec):
-    """The function that trains `spec`; imports its libraries. Raises InvalidRequest(`unsupported_method`)."""
+    """The function that trains or rehearses `spec`; imports its libraries. Raises InvalidRequest(`unsupported_method`)."""
+    if spec.rehearsal:
+        from tunewright.recipes.rehearsal import rehearse
+
+        return rehearse
     if spec.method == "supervised" and spec.training_type in ("lora", "full"):
         from tunewright.recipes.text import train
 

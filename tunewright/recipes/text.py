@@ -59,13 +59,13 @@ def train(attempt: Attempt) -> Finished:
     `out_of_memory`, `loss_not_finite`, `diverged`, `checkpoint_unrecoverable`, `adapter_mismatch`, `base_mismatch`,
     `invalid_artifact`, `artifact_integrity`.
     """
-    return finish(Training, attempt)
+    return explaining_memory(attempt, lambda: Training(attempt).run())
 
 
-def finish(training: "type[Training]", attempt: Attempt) -> Finished:
-    """Make a training and run it. Raises what `train` raises."""
+def explaining_memory(attempt: Attempt, work: Callable[[], _Done]) -> _Done:
+    """What `work` returns. Raises what it raises, and InvalidRequest(`out_of_memory`) when memory was not enough."""
     try:
-        return training(attempt).run()
+        return work()
     except (MemoryError, RuntimeError, OSError) as error:
         if not is_out_of_memory(error):
             raise
@@ -88,7 +88,8 @@ class Training:
     sides = 1
     """Conversations in a row of the data."""
 
-    def __init__(self, attempt: Attempt) -> None:
+    def __init__(self, attempt: Attempt, data: tuple[packing.Rows, packing.Rows | None] | None = None) -> None:
+        """`data` are rows to train on and to validate with, instead of those of the spec's files."""
         self.attempt = attempt
         self.spec = attempt.spec
         self.wanted = attempt.spec.hyperparameters
@@ -99,7 +100,7 @@ class Training:
 
         # data
         self.renderer = renderer_of(Path(self.spec.base_path))
-        self.rows, self.validation = job_rows.read(attempt, self.renderer, self.sides)
+        self.rows, self.validation = data or job_rows.read(attempt, self.renderer, self.sides)
         self.steps_per_epoch = math.ceil(self.rows.n_examples / self.wanted.batch_size)
         self.total_steps = self.steps_per_epoch * self.wanted.n_epochs
         self.computing = computing.choose(self.spec, self._longest_example(), computing.capabilities())
@@ -237,6 +238,9 @@ class Training:
         }
 
     # --- loop ---
+
+    def _before_first_step(self) -> None:
+        """What a method needs once, before the weights are changed."""
 
     def _loop(self, progress: Progress) -> Progress:
         began, elapsed_before = mono_s(), progress.elapsed_s
