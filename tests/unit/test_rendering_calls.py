@@ -176,22 +176,29 @@ def test_special_tokens_around_calls_are_no_form_that_can_be_read(tmp_path: Path
     assert not renderer.native_tools
 
 
+def with_call(n: int = 1, content: str | None = None, arguments: str = "{}") -> Message:
+    call = ToolCall(id="c", name="f", arguments=arguments)
+    return Message(role="assistant", content=content, tool_calls=(call,) * n)
+
+
 @pytest.mark.parametrize(
-    ("answer", "says"),
+    ("style", "answer", "says"),
     [
-        (Message(role="assistant", tool_calls=(ToolCall(id="c", name="f", arguments="{}"),) * 2), "one call"),
-        (
-            Message(role="assistant", content="See.", tool_calls=(ToolCall(id="c", name="f", arguments="{}"),)),
-            "no place for text",
-        ),
+        ("llama31", with_call(2), "one call"),
+        ("llama31", with_call(content="See."), "no place for text"),
+        ("glm45", with_call(arguments="[1]"), "JSON object"),
+        ("glm45", with_call(arguments='{"n": '), "JSON object"),
     ],
 )
-def test_what_a_template_would_drop_is_refused(renderers: dict[str, Renderer], answer: Message, says: str) -> None:
+def test_what_a_template_would_drop_or_fail_on_is_refused(
+    renderers: dict[str, Renderer], style: str, answer: Message, says: str
+) -> None:
     with pytest.raises(InvalidRequest) as caught:
-        renderers["llama31"].example(conversation(answer))
+        renderers[style].example(conversation(answer))
     assert caught.value.code == "conversation_not_supported" and caught.value.param == "messages[1]"
     assert says in caught.value.text() and caught.value.text("zh") != caught.value.text()
-    renderers["native"].example(conversation(answer))
+    for other in ("native", *OURS):
+        renderers[other].example(conversation(answer))
 
 
 @pytest.mark.parametrize("style", [*OURS, *NATIVE])

@@ -32,13 +32,15 @@ _TOOL: dict[str, Any] = {
 class CallStyle(msgspec.Struct, frozen=True, kw_only=True):
     """`lead` is what the model writes from the beginning of an answer that is a call to the name of the function.
 
-    `bare`: the call stands without tags. `several` and `beside_text`: whether a message may hold more than one call, or text too.
+    `bare`: the call stands without tags. `several` and `beside_text`: whether a message may hold more than one call, or text too;
+    `any_arguments`: whether arguments may be something else than an object.
     """
 
     lead: str = ""
     bare: bool = False
     several: bool = True
     beside_text: bool = True
+    any_arguments: bool = True
 
     @property
     def in_json(self) -> bool:
@@ -83,14 +85,13 @@ def find_style(writer: Writer) -> CallStyle | None:
         bare=bare,
         several=_reads(writer, call_of(_NAME, _NAME), bare, ("", 2)),
         beside_text=_reads(writer, call_of(_NAME, text=_TEXT), bare, (_TEXT, 1)),
+        any_arguments=_renders(writer, call_of(_NAME, arguments="[1]")),
     )
 
 
-def call_of(*names: str, text: str | None = None) -> Conversation:
+def call_of(*names: str, text: str | None = None, arguments: str = json.dumps(_ARGUMENTS)) -> Conversation:
     """A question and the calls that answer it."""
-    calls = tuple(
-        ToolCall(id=f"call0000{n}", name=name, arguments=json.dumps(_ARGUMENTS)) for n, name in enumerate(names)
-    )
+    calls = tuple(ToolCall(id=f"call0000{n}", name=name, arguments=arguments) for n, name in enumerate(names))
     messages = (
         Message(role="user", content="How is it there?"),
         Message(role="assistant", content=text, tool_calls=calls),
@@ -122,6 +123,14 @@ def _reads(writer: Writer, conversation: Conversation, bare: bool, expected: tup
         return _read(writer.decode(writer.answer(conversation)), bare=bare) == expected
     except TunewrightError:
         return False
+
+
+def _renders(writer: Writer, conversation: Conversation) -> bool:
+    try:
+        writer.answer(conversation)
+    except TunewrightError:
+        return False
+    return True
 
 
 def _read(answer: str, *, bare: bool) -> tuple[str, int]:

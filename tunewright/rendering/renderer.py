@@ -157,7 +157,7 @@ class Renderer:
         if not self.native_tools:
             turns = our_turns(conversation, takes_reasoning=takes_reasoning, takes_system=self._takes_system)
             return turns, self._template, ()
-        refuse_calls(conversation, several=self._calls.several, beside_text=self._calls.beside_text)
+        refuse_calls(conversation, self._calls)
         template = self._tool_template if conversation.tools else self._template
         return native_turns(conversation, takes_reasoning=takes_reasoning), template, conversation.tools
 

@@ -11,6 +11,7 @@ import msgspec
 
 from tunewright.errors import InvalidRequest
 from tunewright.i18n import mark
+from tunewright.rendering.call_style import CallStyle
 from tunewright.rendering.conversation import Conversation, Message, ToolCall
 
 
@@ -38,16 +39,22 @@ def native_turns(conversation: Conversation, *, takes_reasoning: bool) -> list[T
     return turns
 
 
-def refuse_calls(conversation: Conversation, *, several: bool, beside_text: bool) -> None:
-    """Raises InvalidRequest(`conversation_not_supported`) for what a template with tools of its own would leave out."""
+def refuse_calls(conversation: Conversation, style: CallStyle) -> None:
+    """Raises InvalidRequest(`conversation_not_supported`) for what a template of this style would leave out or fail on."""
     for index, message in enumerate(conversation.messages):
-        if len(message.tool_calls) > 1 and not several:
+        if len(message.tool_calls) > 1 and not style.several:
             sentence = mark(
                 "The chat template of this model takes one call of a function in a message; {field} has {count}."
             )
-        elif message.tool_calls and (message.content or "").strip() and not beside_text:
+        elif message.tool_calls and (message.content or "").strip() and not style.beside_text:
             sentence = mark(
                 "The chat template of this model has no place for text beside a call of a function; {field} has both."
+            )
+        elif not style.any_arguments and any(
+            isinstance(_arguments(call.arguments), str) for call in message.tool_calls
+        ):
+            sentence = mark(
+                "The chat template of this model takes arguments that are a JSON object; those of a call in {field} are not."
             )
         else:
             continue
