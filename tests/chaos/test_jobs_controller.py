@@ -18,7 +18,7 @@ from tunewright.clock import wall_ms
 from tunewright.errors import InvalidRequest, Unavailable
 from tunewright.files_on_disk import sha256_of
 from tunewright.jobs import recovery
-from tunewright.jobs.records import CANCELLED, FAILED, PAUSED, QUEUED, RUNNING, SUCCEEDED
+from tunewright.jobs.records import CANCELLED, FAILED, PAUSED, QUEUED, RUNNING, SUCCEEDED, VALIDATING
 from tunewright.jobs.service import CreateJob
 from tunewright.jobs.spec import Finished, Metrics, encode_record
 
@@ -101,7 +101,9 @@ def test_metrics_carry_the_names_of_both_dialects(bench: Bench) -> None:
 
 
 def test_one_trainer_at_a_time_oldest_first(bench: Bench) -> None:
-    first, second = bench.create(steps=10, holds=[2]), bench.create(steps=2)
+    first = bench.create(steps=10, holds=[2])
+    bench.until(lambda: bench.job(first.id).status != VALIDATING)  # files of both would be read at the same time
+    second = bench.create(steps=2)
     bench.until_step(first.id, 2)
     bench.until(lambda: bench.job(second.id).status == QUEUED)
     bench.controller.run_once()

@@ -7,10 +7,10 @@ import pytest
 
 from tests.recipes.job_folder import (
     ROWS,
+    fork_trainer,
     losses,
     next_attempt,
     records,
-    start_trainer,
     train_here,
     write_job,
     write_rows,
@@ -252,7 +252,7 @@ def test_two_trainers_at_once_share_the_work(tmp_path: Path, base: Path) -> None
         write_job(tmp_path / name, base, n_epochs=1, token_cache=str(tmp_path / "cache"), token_cache_bytes=2**20)
         for name in ("one", "two")
     ]
-    trainers = [start_trainer(spec) for spec in specs]
+    trainers = [fork_trainer(spec) for spec in specs]
     assert [trainer.wait(120) for trainer in trainers] == [0, 0]
     started = [record for spec in specs for record in records(spec) if isinstance(record, Started)]
     assert sorted(record.choices["tokens"] for record in started) == ["cached", "made"]
