@@ -253,6 +253,13 @@ def test_lengths_are_learned_from_like_jobs(alone: Bench) -> None:
     start, after = places[second.id].estimated_start, places[third.id].estimated_start
     assert places[third.id].sources == ("progress", "rehearsal")
     assert start is not None and after is not None and after - start in (599, 600, 601) and start >= wall_s()
+    fourth = alone.create(steps=2)
+    with alone.storage.write() as tx:
+        tx.jobs.change(alone.job(fourth.id), rehearsal={"status": "running"})
+    assert alone.jobs.places()[second.id].values["running"] == 2, "a rehearsal takes a place"
+    with alone.storage.write() as tx:
+        tx.jobs.change(alone.job(fourth.id), rehearsal={})
+    alone.jobs.cancel(PROJECT, fourth.id)
     alone.jobs.cancel(PROJECT, first.id)
     for job in (first, second, third):
         alone.until_over(job.id)

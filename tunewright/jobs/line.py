@@ -10,6 +10,7 @@ from tunewright.i18n import mark
 from tunewright.jobs import scheduling
 from tunewright.jobs.ports import Machine
 from tunewright.jobs.records import CANCELLING, QUEUED, RUNNING, SUCCEEDED, Job
+from tunewright.jobs.rehearsals import is_under_way
 from tunewright.jobs.scheduling import Room, Running, Waiting
 from tunewright.jobs.spec import TrainingSpec
 from tunewright.settings import Settings
@@ -21,6 +22,8 @@ _REMEMBERED_S = 7 * 24 * 3600
 """How far back use counts and lengths are learned from; use has faded to less than a hundredth by then."""
 _MOST_REMEMBERED = 500
 _MOST_LIKE = 20
+_REHEARSAL_S = 60.0
+"""A dress rehearsal takes about so long, and a place meanwhile."""
 _ENOUGH_SHARE = 0.1
 """Of a job's steps: before that its speed says little."""
 
@@ -102,9 +105,9 @@ class Line:
         if not queued:
             return {}
         past, room, now = self._past(tx), self.room(), wall_s()
-        busy = [job for job in jobs if job.status in (RUNNING, CANCELLING)]
-        known = past + [job for job in busy if job.status == RUNNING and job.elapsed_s > 0]
-        lengths = {job.id: _length(job, known, now) for job in (*queued, *busy)}
+        busy = [job for job in jobs if job.status in (RUNNING, CANCELLING) or is_under_way(job)]
+        tell = past + [job for job in busy if job.status == RUNNING and job.elapsed_s > 0]
+        lengths = {job.id: _length(job, tell, now) for job in (*queued, *busy)}
         waiting = [_waiting(job, lengths[job.id][0]) for job in queued]
         running = [self._running(job, lengths[job.id][0]) for job in busy]
         use = _recent_use(past, busy, queued)
@@ -166,6 +169,8 @@ def _length(job: Job, known: list[Job], now: int) -> tuple[float | None, str | N
     left = 1.0 - job.step / job.total_steps if job.total_steps else 1.0
     if job.status == CANCELLING:
         return 0.0, None
+    if is_under_way(job):
+        return _REHEARSAL_S, None
     rehearsed = job.rehearsal.get("estimated_seconds")
     if isinstance(rehearsed, dict):
         return left * (rehearsed["least"] + rehearsed["most"]) / 2, "rehearsal"

@@ -33,6 +33,7 @@ from tunewright.jobs.rehearsals import Broken, Rehearsals
 from tunewright.jobs.signatures import PREEMPTED, Signature
 from tunewright.jobs.spec import Failed, Finished, Hyperparameters, Stopped
 from tunewright.jobs.trainers import Trainers
+from tunewright.jobs.turns import Turns
 from tunewright.models.records import FULL
 from tunewright.settings import Settings
 
@@ -49,7 +50,6 @@ _PAUSE_PATIENCE_S = 60.0
 _PROOF_PATIENCE_S = 600.0
 """How long an engine that can't be asked is waited for before a whole training is given up."""
 _MOST_BUG_TRIES = 8
-_MEASURE_EVERY_S = 2.0
 
 
 class Moves:
@@ -78,10 +78,7 @@ class Moves:
         self._wake = wake
         self._on_end = on_end
         self._line = line
-        self._next: tuple[Job, list[Job]] | None = None
-        """The job whose turn it is in this pass, and those that it passes."""
-        self._measured_s = -_MEASURE_EVERY_S
-        self._rehearse_next: str | None = None
+        self._turns = Turns(storage, line, trainers, rehearsals, prover)
         self._settled: dict[str, int] = {}
         """Job id -> the attempt of which no process is left and whose whole journal is stored."""
         self._errands = Errands(wake)
@@ -109,26 +106,10 @@ class Moves:
 
     def choose_next(self, jobs: list[Job], resting: Collection[str]) -> None:
         """Decide whose turn it is. Jobs that are `resting` after a trouble are passed over in this pass."""
-        self._next = None
         busy = [job for job in jobs if self._takes_place(job)]
         waiting = [job for job in jobs if job.status == QUEUED and job not in busy and job.id not in resting]
         waiting = [job for job in waiting if job.resources and mono_s() >= self._not_before_s.get(job.id, 0.0)]
-        if waiting and len(busy) < self._settings.max_running_jobs:
-            self._measure(busy)
-            with self._storage.read() as tx:
-                self._next = self._line.next_start(tx, waiting, busy)
-        self._rehearse_next = self._next_rehearsal(jobs, busy, waiting)
-
-    def _next_rehearsal(self, jobs: list[Job], busy: list[Job], waiting: list[Job]) -> str | None:
-        """One at a time, also beside as many trainers as may run: it is short, and a failure should be known soon. But never
-        beyond the memory, and it takes no place from a queued job (`waiting`) that is about to start."""
-        free = len(busy) < self._settings.max_running_jobs
-        if any(rehearsals.is_under_way(job) for job in jobs) or (free and waiting):
-            return None
-        due = [job for job in jobs if self._rehearsals.is_due(job) and job.resources]
-        if due:
-            self._measure(busy)
-        return next((job.id for job in due if self._line.has_memory(job, busy)), None)
+        self._turns.choose(jobs, busy, waiting)
 
     def move(self, job: Job) -> bool:
         """At most one step for `job`; whether there is reason to look again soon. Anything raised may be tried again."""
@@ -172,7 +153,7 @@ class Moves:
         if rehearsals.is_waiting(job):
             if not job.resources:
                 self._note_needs(job)
-            elif not self._fails_for_size(job) and self._rehearse_next == job.id:
+            elif not self._fails_for_size(job) and self._turns.rehearsal == job.id:
                 self._start_rehearsal(job)
             return True
         errand = self._errands.result_of(job, "prepare", lambda: self._prepared(job))
@@ -247,8 +228,8 @@ class Moves:
             self._note_needs(job)
         elif self._fails_for_size(job):
             pass
-        elif self._next is not None and self._next[0].id == job.id:
-            self._start(job, self._next[1])
+        elif self._turns.start == job.id:
+            self._start(job, self._turns.passed)
         return True
 
     def _takes_place(self, job: Job) -> bool:
@@ -278,12 +259,6 @@ class Moves:
         values = {"need": gigabytes(job.resources["memory_bytes"]), "most": gigabytes(most)}
         self._fail(job, "not_enough_memory", text, None, values)
         return True
-
-    def _measure(self, busy: list[Job]) -> None:
-        if mono_s() - self._measured_s >= _MEASURE_EVERY_S:
-            self._measured_s = mono_s()
-            self._line.measured_bytes = {job.id: self._trainers.memory_bytes(job) for job in busy}
-            self._line.engines_bytes = self._prover.memory_bytes()
 
     def _start(self, job: Job, passed: list[Job]) -> None:
         try:
