@@ -3,10 +3,12 @@
 DATA is repeated until it is as large as asked. Prints, in one run: rows and tokens a second with one process and with all
 cores (starting them included), their ratio, and the seconds until a trainer has its rows: tokenised and kept, then from the
 cache, with the growth of the process's own memory beside the size of what it maps. Run it on a quiet machine; compare
-ratios, not figures of different machines.
+ratios, not figures of different machines. Where neighbours take processors away, the ratio by processor time says more: what
+one process takes, over the share of each of several, all starts and joins included.
 """
 
 import argparse
+import os
 import tempfile
 import time
 from collections.abc import Callable
@@ -33,11 +35,11 @@ def repeated(source: Path, target: Path, megabytes: int) -> int:
     return times * len(content)
 
 
-def timed(work: Callable[[], object]) -> float:
-    """Seconds that `work` takes."""
-    began = time.perf_counter()
+def timed(work: Callable[[], object]) -> tuple[float, float]:
+    """Seconds that `work` takes: by the clock, and of processors in this process and those it started."""
+    began, used = time.perf_counter(), sum(os.times()[:4])
     work()
-    return time.perf_counter() - began
+    return time.perf_counter() - began, sum(os.times()[:4]) - used
 
 
 def anonymous_bytes() -> int:
@@ -67,24 +69,27 @@ def main() -> None:
                 data, wanted.base, target, max_line_bytes=MAX_LINE_BYTES, processes=processes, keep_tokens=True
             )
 
-        speeds: list[float] = []
+        walls: list[float] = []
+        shares: list[float] = []
         for processes in (1, packed_rows.cores()):
             target = folder / f"by-{processes}"
             target.mkdir(exist_ok=True)
-            took = timed(lambda target=target, processes=processes: tokenise(target, processes))
-            speeds.append(done.tokens / took)
+            took, used = timed(lambda target=target, processes=processes: tokenise(target, processes))
+            walls.append(took)
+            shares.append(used / processes)
             print(
-                f"{processes} process(es): {took:.2f} s, {done.rows / took:.0f} rows/s, {done.tokens / took:.0f} tokens/s"
-                f", {size / took / 1e6:.2f} MB/s"
+                f"{processes} process(es): {took:.2f} s ({used:.2f} s of processors), {done.rows / took:.0f} rows/s, "
+                f"{done.tokens / took:.0f} tokens/s, {size / took / 1e6:.2f} MB/s"
             )
-        print(f"all cores / one: {speeds[-1] / speeds[0]:.2f}x")
+        by_clock, by_processors = walls[0] / walls[1], shares[0] / shares[1]
+        print(f"all cores / one: {by_clock:.2f}x by the clock, {by_processors:.2f}x by processor time")
 
         cache = PackedCache(folder / "cache", 2**40)
         key = key_of(sha256_of(data), renderer.hash)
         for word in ("not cached", "cached"):
             before = anonymous_bytes()
             found: list[packed_rows.PackedRows] = []
-            took = timed(
+            took, _ = timed(
                 lambda found=found: found.append(
                     cache.use(key, lambda target: tokenise(target, packed_rows.cores()), packed_rows.load)[0]
                 )
