@@ -121,7 +121,22 @@ def test_a_job_runs_and_its_model_answers(client: OpenAI, live_server: LiveServe
     checkpoints = list(client.fine_tuning.jobs.checkpoints.list(job.id))
     assert checkpoints and checkpoints[0].fine_tuned_model_checkpoint.startswith(job.fine_tuned_model)
     results = client.files.content(job.result_files[0]).text
-    assert results.startswith("step,train_loss,train_accuracy")
+    assert results.startswith("step,train_loss,train_accuracy,valid_loss,valid_mean_token_accuracy\n1,")
+    with live_server.api("/api/v1") as native:
+        first = native.get(f"/jobs/{job.id}/rows?limit=5").json()
+        rest = native.get(f"/jobs/{job.id}/rows?after={first['next_after']}").json()
+        counts = live_server.job(job.id)["receipts"]
+        receipts = [*first["data"], *rest["data"]]
+        assert (len(first["data"]), len(receipts), rest["has_more"]) == (5, counts["rows"], False)
+        assert all(receipt["loss_after"] < receipt["loss_before"] for receipt in receipts)
+        flagged = native.get(f"/jobs/{job.id}/rows?flag=never_learned").json()["data"]
+        assert len(flagged) == counts["never_learned"]
+        table = native.get(f"/jobs/{job.id}/receipts?format=csv")
+        assert len(table.text.splitlines()) == counts["rows"] + 1
+        assert native.get(f"/jobs/{job.id}/receipts").text == client.files.content(job.result_files[1]).text
+        assert native.get("/jobs/ftjob-x/rows").json()["error"]["code"] == "job_not_found"
+        refused = native.post("/jobs", json={"model": "tiny", "training_file": file.id, "receipts": "some"})
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "receipts")
 
     card = client.models.retrieve(job.fine_tuned_model)
     assert card.id == job.fine_tuned_model

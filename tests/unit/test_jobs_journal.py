@@ -166,3 +166,29 @@ def test_the_result_table_has_empty_cells_and_one_row_a_step() -> None:
 def test_levels_are_those_of_the_api() -> None:
     levels = [events.message(JOB, "c", "t", level=level).level for level in ("info", "warning", "warn", "error", "x")]
     assert levels == ["info", "warn", "warn", "error", "info"]
+
+
+def test_the_names_of_both_dialects_are_there() -> None:
+    """Those of zhipuai's `Metric`, and those of an OpenAI checkpoint with `step`."""
+    zhipu = {"epoch", "current_steps", "total_steps", "elapsed_time", "remaining_time", "trained_tokens", "loss"}
+    zhipu |= {"eval_loss", "acc", "eval_acc", "learning_rate"}
+    openai = {"step", "train_loss", "train_mean_token_accuracy", "valid_loss", "valid_mean_token_accuracy"}
+    openai |= {"full_valid_loss", "full_valid_mean_token_accuracy"}
+    data = events.metrics(JOB, metrics(1, eval_loss=2.0, eval_accuracy=0.5)).data
+    assert data is not None and set(data) == zhipu | openai
+    assert data["eval_loss"] == data["valid_loss"] == data["full_valid_loss"] == 2.0
+    assert data["eval_acc"] == data["valid_mean_token_accuracy"] == data["full_valid_mean_token_accuracy"] == 0.5
+    without = events.metrics(JOB, metrics(1)).data
+    assert without is not None and not [name for name in without if "valid" in name or "eval" in name]
+
+
+def test_the_result_table_of_pairs_has_columns_of_its_own() -> None:
+    made = [
+        events.metrics(JOB, metrics(1, reward_margin=0.125)),
+        events.metrics(JOB, metrics(2, reward_margin=0.5, eval_loss=0.75, eval_accuracy=1.0, eval_reward_margin=2.0)),
+    ]
+    assert events.result_table(made).decode().splitlines() == [
+        "step,train_loss,train_reward_accuracy,train_reward_margin,valid_loss,valid_reward_accuracy,valid_reward_margin",
+        "1,1.5,0.25,0.125,,,",
+        "2,1.5,0.25,0.5,0.75,1.0,2.0",
+    ]

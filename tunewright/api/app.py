@@ -26,6 +26,7 @@ from tunewright.api.native import health
 from tunewright.api.native import jobs as native_jobs
 from tunewright.api.native import models as native_models
 from tunewright.api.native import notifications as native_notifications
+from tunewright.api.native import receipts as native_receipts
 from tunewright.api.native import uploads as native_uploads
 from tunewright.api.openai import chat as openai_chat
 from tunewright.api.openai import errors as openai_errors
@@ -61,6 +62,7 @@ ROUTERS = (
     native_jobs.router,
     native_models.router,
     native_notifications.router,
+    native_receipts.router,
     health.router,
 )
 

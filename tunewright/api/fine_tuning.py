@@ -78,6 +78,7 @@ class CreateBody(BaseModel):
     validation_split: _Number = None
     priority: Annotated[Any, WithJsonSchema({"enum": [*PRIORITIES, None]})] = None
     rehearsal: Annotated[Any, WithJsonSchema({"enum": ["auto", "always", "off", None]})] = None
+    receipts: Annotated[Any, WithJsonSchema({"enum": ["auto", "on", "off", None]})] = None
     lora_rank: _Hyperparameter = None
     lora_alpha: _Hyperparameter = None
     max_length: _Hyperparameter = None
@@ -123,6 +124,7 @@ def create_job(body: CreateBody) -> CreateJob:
         validation_split=body.validation_split,
         priority=body.priority,
         rehearsal=body.rehearsal,
+        receipts=body.receipts,
     )
 
 

@@ -75,6 +75,7 @@ def job_object(
         "max_bad_ratio": job.tolerance.get("max_bad_ratio"),
         "validation_split": job.validation_split,
         "rehearsal": rehearsals.shown(job),
+        "receipts": job.receipts or None,
         "progress": {"step": job.step, "total_steps": job.total_steps},
         "priority": job.priority,
         "queue": None if place is None else _queue_object(place, language),

@@ -29,6 +29,7 @@ def same_again(job: Job) -> CreateJob:
         validation_split=job.validation_split,
         priority=job.priority,
         rehearsal=job.rehearsal.get("wanted"),
+        receipts=job.options.get("receipts"),
     )
 
 

@@ -49,6 +49,7 @@ class CreateJob(msgspec.Struct, frozen=True, kw_only=True):
     validation_split: Any = None
     priority: Any = None
     rehearsal: Any = None
+    receipts: Any = None
 
 
 def with_changes(request: CreateJob, changes: Mapping[str, Any]) -> CreateJob:
@@ -267,6 +268,20 @@ def check_measured(requested: Mapping[str, Any], validation_file: str | None, va
                 param=f"hyperparameters.{name}",
                 field=f"hyperparameters.{name}",
             )
+
+
+def check_receipts(receipts: Any) -> str:
+    """`auto` if absent. Raises InvalidRequest(`invalid_value`)."""
+    if receipts is None:
+        return "auto"
+    if receipts not in ("auto", "on", "off"):
+        raise InvalidRequest(
+            "invalid_value",
+            mark("receipts must be auto, on or off, not {value}."),
+            param="receipts",
+            value=quote(receipts),
+        )
+    return receipts
 
 
 def _is_number(value: Any) -> bool:

@@ -12,7 +12,18 @@ from tunewright.jobs.records import VALIDATING, Job, JobCheckpoint, JobEvent
 from tunewright.jobs.spec import Checkpoint, Metrics, RowChoice
 
 _LEVELS = {"warn": "warn", "warning": "warn", "error": "error"}
-RESULT_COLUMNS = ("step", "train_loss", "train_accuracy", "valid_loss", "valid_mean_token_accuracy")
+_RESULT_COLUMNS = {
+    "step": "step",
+    "train_loss": "train_loss",
+    "train_accuracy": "acc",
+    "valid_loss": "valid_loss",
+    "valid_mean_token_accuracy": "eval_acc",
+}
+"""Column of the OpenAI API -> name in the data of a metrics event."""
+_PAIR_COLUMNS = (
+    *("step", "train_loss", "train_reward_accuracy", "train_reward_margin"),
+    *("valid_loss", "valid_reward_accuracy", "valid_reward_margin"),
+)
 
 
 def message(job: Job, code: str, text: str, /, *, level: str = "info", **values: Any) -> JobEvent:
@@ -131,11 +142,14 @@ def checkpoint(job: Job, record: Checkpoint) -> JobCheckpoint:
 
 
 def result_table(events: list[JobEvent]) -> bytes:
-    """The metrics of a run as CSV, a row for each step in order; empty cells where nothing was measured."""
-    lines = [",".join(RESULT_COLUMNS)]
+    """The metrics of a run as CSV, a row for each step in order; empty cells where nothing was measured. The columns are those of
+    the OpenAI API; of preference training, which has other measures, their names in the events."""
     steps = {event.step: event.data or {} for event in events if event.type == "metrics"}
+    pairs = any("train_reward_accuracy" in data for data in steps.values())
+    columns = {name: name for name in _PAIR_COLUMNS} if pairs else _RESULT_COLUMNS
+    lines = [",".join(columns)]
     for step in sorted(step for step in steps if step is not None):
-        cells = (steps[step].get(name) for name in ("step", "train_loss", "acc", "valid_loss", "eval_acc"))
+        cells = (steps[step].get(name) for name in columns.values())
         lines.append(",".join("" if cell is None else repr(cell) for cell in cells))
     return ("\n".join(lines) + "\n").encode()
 
@@ -169,21 +183,22 @@ def _metrics_data(record: Metrics) -> dict[str, Any]:
         "train_loss": loss,
     }
     pairs = record.reward_margin is not None
+    margin = finite(record.reward_margin)
     data |= (
-        {"train_reward_accuracy": accuracy, "reward_margin": finite(record.reward_margin)}
+        {"train_reward_accuracy": accuracy, "reward_margin": margin, "train_reward_margin": margin}
         if pairs
         else {"train_mean_token_accuracy": accuracy}
     )
     if record.eval_loss is not None or record.eval_accuracy is not None:
         eval_loss, eval_accuracy = finite(record.eval_loss), finite(record.eval_accuracy)
-        data |= {
-            "eval_loss": eval_loss,
-            "eval_acc": eval_accuracy,
-            "valid_loss": eval_loss,
-        }
-        data |= (
-            {"valid_reward_accuracy": eval_accuracy, "eval_reward_margin": finite(record.eval_reward_margin)}
-            if pairs
-            else {"valid_mean_token_accuracy": eval_accuracy}
-        )
+        measured = {"loss": eval_loss}
+        if pairs:
+            eval_margin = finite(record.eval_reward_margin)
+            measured |= {"reward_accuracy": eval_accuracy, "reward_margin": eval_margin}
+            data["eval_reward_margin"] = eval_margin
+        else:
+            measured["mean_token_accuracy"] = eval_accuracy
+        data |= {"eval_loss": eval_loss, "eval_acc": eval_accuracy}
+        for prefix in ("valid", "full_valid"):  # all validation rows are looked at each time
+            data |= {f"{prefix}_{name}": value for name, value in measured.items()}
     return data

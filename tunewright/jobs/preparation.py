@@ -104,6 +104,7 @@ class Preparation:
             halve_micro_batch=self._memory_ran_out(job),
             on_corrupt=self._settings.on_corrupt,
             max_line_bytes=self._settings.max_line_bytes,
+            receipts=job.options.get("receipts", "off"),
             token_cache=str(self._home.token_cache) if self._settings.token_cache_bytes else None,
             token_cache_bytes=self._settings.token_cache_bytes,
         )

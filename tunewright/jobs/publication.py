@@ -11,7 +11,7 @@ import msgspec
 from tunewright.clock import wall_s, wall_s_after
 from tunewright.datasets.records import File
 from tunewright.errors import Conflict, InvalidRequest
-from tunewright.files_on_disk import publish_folder, sha256_of, write_atomically
+from tunewright.files_on_disk import link_or_copy, publish_folder, sha256_of, write_atomically
 from tunewright.i18n import mark
 from tunewright.ids import new_id
 from tunewright.jobs import events
@@ -19,7 +19,7 @@ from tunewright.jobs.journal_reader import Batch, first_record
 from tunewright.jobs.ports import OnEnd, Prover
 from tunewright.jobs.progress import all_events, kept_steps
 from tunewright.jobs.records import SUCCEEDED, Job
-from tunewright.jobs.spec import MANIFEST, Checkpoint, Finished
+from tunewright.jobs.spec import MANIFEST, RECEIPTS, Checkpoint, Finished
 from tunewright.models.checkpoint_files import CheckpointFiles
 from tunewright.models.records import FULL, Base, TunedModel
 from tunewright.settings import HomeFolder
@@ -111,7 +111,7 @@ class Publication:
     def commit(self, job: Job, finished: Finished, proven: Proven) -> Job | None:
         """One transaction: the model is ready, the metrics are a file, the job has succeeded. None if the job was
         cancelled first. Raises Conflict if the model can't be published any more."""
-        file = self._store_results(job)
+        files = self._store_results(job, finished)
         model = proven.model
         with self._storage.write() as tx:
             changed = tx.jobs.change(
@@ -120,7 +120,8 @@ class Publication:
                 finished_at=wall_s_after(job.created_at, job.running_at),
                 estimated_finish=None,
                 trained_tokens=finished.trained_tokens,
-                result_files=(file.id,),
+                result_files=tuple(file.id for file in files),
+                receipts=_receipts(finished, files),
                 checkpoint_step=model.checkpoint_step,
             )
             if changed is None:
@@ -134,7 +135,8 @@ class Publication:
                 checkpoint_step=model.checkpoint_step,
                 proof=proven.proof,
             )
-            tx.files.insert(file)
+            for file in files:
+                tx.files.insert(file)
             ready = mark("The model {model} is ready: {applied} of {tensors} adapter tensors applied")
             if model.kind == FULL:
                 ready = mark(
@@ -160,26 +162,45 @@ class Publication:
         """Remove the adapter of a job that ended without a model. Only after the job's end is committed."""
         shutil.rmtree(self._home.adapters / job.tuned_model_id, ignore_errors=True)
 
-    def _store_results(self, job: Job) -> File:
-        """The metrics as a stored blob and the row that will name it. The id is kept in the work folder, so that a second
-        try overwrites the blob of the first."""
+    def _store_results(self, job: Job, finished: Finished) -> list[File]:
+        """Metrics and receipts as stored blobs, and the rows that will name them. Ids are kept in the work folder, so that a
+        second try overwrites the blobs of the first."""
         work = self._home.jobs / job.id
         with self._storage.read() as tx:
             table = events.result_table(all_events(tx, job))
-        path = work / "results.csv"
-        write_atomically(path, table)
-        sha256 = sha256_of(path)
-        file_id = _kept_id(work / "results.id")
+        write_atomically(work / "results.csv", table)
+        files = [self._store(job, work / "results.csv", f"{job.id}-metrics.csv")]
+        if finished.receipts is not None and (work / RECEIPTS).is_file():
+            link_or_copy(work / RECEIPTS, _without(work / "receipts.stored"))  # a second try finds the file again
+            files.append(self._store(job, work / "receipts.stored", f"{job.id}-receipts.jsonl"))
+        return files
+
+    def _store(self, job: Job, path: Path, filename: str) -> File:
+        """`path` is consumed."""
+        sha256, size_bytes = sha256_of(path), path.stat().st_size
+        file_id = _kept_id(path.with_suffix(".id"))
         self._blobs.put_file(f"files/{job.project_id}/{file_id}", path)
         return File(
             id=file_id,
             project_id=job.project_id,
-            filename=f"{job.id}-metrics.csv",
+            filename=filename,
             purpose=RESULT_PURPOSE,
-            size_bytes=len(table),
+            size_bytes=size_bytes,
             sha256=sha256,
             created_at=wall_s(),
         )
+
+
+def _receipts(finished: Finished, files: list[File]) -> dict[str, Any]:
+    if finished.receipts is None or len(files) < 2:
+        return {}
+    return {"file": files[1].id} | msgspec.to_builtins(finished.receipts)
+
+
+def _without(path: Path) -> Path:
+    """`path`, where nothing is any more."""
+    path.unlink(missing_ok=True)
+    return path
 
 
 def _kept_id(path: Path) -> str:

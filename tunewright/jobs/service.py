@@ -370,6 +370,7 @@ class JobService:
             tolerance=msgspec.to_builtins(tolerance),
             validation_split=validation_split,
             rehearsal={} if rehearsal is None else {"wanted": rehearsal},
+            options={"receipts": creation.check_receipts(request.receipts)},
             created_at=wall_s(),
         )
 

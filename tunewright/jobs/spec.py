@@ -30,6 +30,10 @@ MANIFEST = "MANIFEST.json"
 """Of a result that is a whole model: `files` is name -> sha256 of every other file."""
 
 
+RECEIPTS = "receipts.jsonl"
+"""In the work folder once training is done, if the job has any: a jobs/receipts.py RowReceipt on each line."""
+
+
 class EarlyStopping(msgspec.Struct, frozen=True, kw_only=True):
     """Training ends when in `patience` evaluations in a row the validation loss did not fall by more than `min_delta`."""
 
@@ -112,6 +116,8 @@ class TrainingSpec(msgspec.Struct, frozen=True, kw_only=True):
     on_corrupt: str = "fail"
     """Where checkpoints lie there and none is whole: `fail` with `checkpoint_unrecoverable`, or `restart` from step 0."""
     max_line_bytes: int
+    receipts: str = "off"
+    """auto (as many rows as take little time), on (every row) or off."""
     token_cache: str | None = None
     """Folder of the tokenised data files (datasets/tokens/packed_cache.py); None keeps none."""
     token_cache_bytes: int = 0
@@ -185,6 +191,15 @@ class Note(msgspec.Struct, frozen=True, kw_only=True, tag="note"):
     values: dict[str, Any] = {}
 
 
+class ReceiptCounts(msgspec.Struct, frozen=True, kw_only=True):
+    """Receipts were written for `rows` of the `of` rows that were trained on."""
+
+    rows: int
+    of: int
+    never_learned: int
+    contradicting: int
+
+
 class Finished(msgspec.Struct, frozen=True, kw_only=True, tag="finished"):
     """The last record of a success: `result/` is complete."""
 
@@ -194,6 +209,7 @@ class Finished(msgspec.Struct, frozen=True, kw_only=True, tag="finished"):
     """Of `result/adapter_model.safetensors`; of a whole model that of `result/MANIFEST.json`, which has those of the rest."""
     step: int | None = None
     """Whose weights they are; None: of the last one."""
+    receipts: ReceiptCounts | None = None
 
 
 class Rehearsed(msgspec.Struct, frozen=True, kw_only=True, tag="rehearsed"):

@@ -138,6 +138,15 @@ class PreferenceTraining(text.Training):
             eval_margin=margin if np.isfinite(margin) else None,
         )
 
+    def _losses_before(self, examples: np.ndarray) -> np.ndarray:
+        return np.full(len(examples), np.log(2))  # nothing has been gained yet
+
+    @torch.no_grad()
+    def _row_losses(self, examples: np.ndarray) -> np.ndarray:
+        """Loss of each pair, float64."""
+        groups = packing.micro_batches(self.rows, examples, self.token_budget)
+        return np.concatenate([self._compare("train", self.rows, group)[0].cpu().numpy() for group in groups])
+
     # --- save ---
 
     def _write_more(self, folder: Path) -> None:

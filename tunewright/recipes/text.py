@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from tunewright.clock import mono_s
 from tunewright.errors import InvalidRequest, Misconfigured
 from tunewright.i18n import mark
-from tunewright.jobs.spec import Checkpoint, Finished, Metrics, Started
+from tunewright.jobs.spec import Checkpoint, Finished, Metrics, ReceiptCounts, Started
 from tunewright.recipes import (
     adapters,
     checkpoints,
@@ -41,6 +41,7 @@ from tunewright.recipes.adapters import Lora
 from tunewright.recipes.attempt import Attempt, StopRequested
 from tunewright.recipes.evaluation import Progress
 from tunewright.recipes.memory import is_out_of_memory
+from tunewright.recipes.receipts import Receipts
 from tunewright.recipes.threads import choose_threads
 from tunewright.rendering.renderer import renderer_of
 
@@ -128,19 +129,23 @@ class Training:
             fused=True,
         )
         self.trained = saving.Trained(self.spec, self.model, self.parameters, self.lora)
+        self.receipts = Receipts(self.spec, self.rows)
 
     def run(self) -> Finished:
         """Start or resume, train, save."""
         progress = self._resume()
         self.saved_step = progress.step
         self._write_started(progress)
+        self.receipts.before(self._losses_before, progress.step)
         progress = self._loop(progress)
         step = self._choose_step(progress)
+        counts = self._write_receipts()
         return Finished(
             trained_tokens=progress.tokens,
             final_loss=progress.loss,
             adapter_sha256=self.trained.publish_result(self.attempt.check_fence),
             step=step,
+            receipts=counts,
         )
 
     def _tell_of_scarce_memory(self) -> None:
@@ -346,6 +351,28 @@ class Training:
                 total, right = total + loss.item(), right + int(hits)
         mean = total / rows.n_trained
         return replace(progress, eval_loss=mean if math.isfinite(mean) else None, eval_accuracy=right / rows.n_trained)
+
+    def _losses_before(self, examples: np.ndarray) -> np.ndarray:
+        return self._row_losses(examples)
+
+    @torch.no_grad()
+    def _row_losses(self, examples: np.ndarray) -> np.ndarray:
+        """Mean loss of each example under the weights as they are, float64."""
+        found: list[float] = []
+        for group in packing.micro_batches(self.rows, examples, self.token_budget):
+            self.attempt.go_on()
+            losses, _ = flattened.label_losses(self.model, packing.flatten(self.rows, group), self.device)
+            parts = losses.double().split(self.rows.n_labels[group].tolist())
+            found += [part.mean().item() for part in parts]
+        return np.array(found)
+
+    def _write_receipts(self) -> ReceiptCounts | None:
+        """Also says so where only some rows have one."""
+        counts = self._within_memory(lambda: self.receipts.write(self._row_losses))
+        if counts is not None and counts.rows < counts.of:
+            text = mark("{rows} of {of} rows, chosen at random, have a receipt, so that it takes little time.")
+            self.attempt.note("receipts_of_a_sample", text, level="info", rows=counts.rows, of=counts.of)
+        return counts
 
     def _write_metrics(self, progress: Progress, marks: deque[tuple[float, int]]) -> None:
         (first_s, first_tokens), (last_s, last_tokens) = marks[0], marks[-1]
