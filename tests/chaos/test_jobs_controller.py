@@ -292,6 +292,7 @@ def test_a_failure_that_a_retry_would_not_mend(bench: Bench) -> None:
     assert (done.status, done.attempt) == (FAILED, 1)
     assert done.error is not None and (done.error.code, done.error.values["row"]) == ("row_unusable", 7)
     assert bench.codes(job.id)[-1] == "row_unusable"
+    assert done.error.evidence == "", "how a trainer ends that has said its last word is no evidence"
 
 
 @pytest.mark.parametrize(

@@ -49,19 +49,24 @@ def recognise(death: Death) -> Signature:
 
 
 def evidence_of(death: Death) -> str:
-    """How it ended and what its log says of that: places in the code, kinds of errors, and lines that a signature knows.
-
-    Everything else is left out, and of those lines what is quoted, what is no ASCII, secrets and folders: they may come
-    from rows, or are the operator's.
-    """
+    """How it ended, and `evidence_in` its log."""
     found: list[str] = []
     if death.exit_code is not None:
         found.append(f"exit: {_exit_text(death.exit_code)}")
     if death.starved:
         found.append("kernel: oom_kill")
+    return "\n".join([*found, evidence_in(death.log)]).strip()
+
+
+def evidence_in(log: str) -> str:
+    """What a log says of a failure: places in the code, kinds of errors, and lines that a signature knows.
+
+    Everything else is left out, and of those lines what is quoted, what is no ASCII, secrets and folders: they may come
+    from rows, or are the operator's.
+    """
     shown: list[str] = []
     frames = 0
-    for line in death.log.splitlines():
+    for line in log.splitlines():
         text = _shown(line)
         if text is None:
             continue
@@ -69,7 +74,7 @@ def evidence_of(death: Death) -> str:
         if frames > _FRAMES:  # the innermost tell most
             del shown[-_FRAMES]
         shown.append(text)
-    return "\n".join([*found, *shown[-_EVIDENCE_LINES:]])[-_EVIDENCE_CHARACTERS:]
+    return "\n".join(shown[-_EVIDENCE_LINES:])[-_EVIDENCE_CHARACTERS:]
 
 
 def _exit_text(code: int) -> str:

@@ -12,7 +12,7 @@ from tunewright.i18n import mark
 from tunewright.jobs import diagnosis, events, progress, recovery, rehearsals
 from tunewright.jobs.errand import Errands
 from tunewright.jobs.journal_reader import Terminal, read_batch
-from tunewright.jobs.last_words import evidence_of, recognise
+from tunewright.jobs.last_words import evidence_in, evidence_of, recognise
 from tunewright.jobs.line import Line, gigabytes
 from tunewright.jobs.ports import OnEnd, Prover
 from tunewright.jobs.preparation import Preparation, Prepared
@@ -308,7 +308,7 @@ class Moves:
             elif isinstance(terminal, Failed) and terminal.code == "insufficient_storage":
                 self._wait_for_room(job, terminal)
             elif isinstance(terminal, Failed):
-                evidence = evidence_of(self._trainers.death(job))
+                evidence = evidence_in(self._trainers.death(job).log)  # how it ended after its last word is none
                 self._fail(job, terminal.code, terminal.message, terminal.param, terminal.values, evidence=evidence)
             elif isinstance(terminal, Stopped):
                 self._preempted(job, terminal)

@@ -17,7 +17,7 @@ from tunewright.files_on_disk import write_atomically
 from tunewright.i18n import mark
 from tunewright.jobs import events, recovery
 from tunewright.jobs.journal_reader import Terminal, read_batch
-from tunewright.jobs.last_words import evidence_of, recognise
+from tunewright.jobs.last_words import evidence_in, evidence_of, recognise
 from tunewright.jobs.ports import Runner
 from tunewright.jobs.preparation import Prepared
 from tunewright.jobs.records import QUEUED, VALIDATING, Job
@@ -125,7 +125,7 @@ class Rehearsals:
         if not self._processes.end(process, _LINGER_S, ask=False):
             return None
         if isinstance(terminal, Failed):
-            return Broken(terminal, None, evidence_of(self._processes.death(process)))
+            return Broken(terminal, None, evidence_in(self._processes.death(process).log))
         if isinstance(terminal, Rehearsed):
             return terminal
         self._again(job, job.rehearsal.get("failures", 0))
