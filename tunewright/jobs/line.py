@@ -214,7 +214,7 @@ def _waits_for(
     if may_start is not None and may_start.job.id == job.id:
         return "start", mark("It is about to start."), {}
     if len(running) >= room.places:
-        text = mark("{running} jobs are running, and {most} may run at the same time.")
+        text = mark("{running} trainings and rehearsals are under way; {most} may be at the same time.")
         return "place", text, {"running": len(running), "most": room.places}
     if not scheduling.fits(job, running, room):
         held = sum(trainer.memory_bytes for trainer in running)
