@@ -57,7 +57,7 @@ ENVIRONMENTS = (
 
 _TRL_LEAN = {"gradient_checkpointing": False, "batch": 1}
 _LF_LEAN = {"disable_gradient_checkpointing": True, "batch": 1}
-_UNSLOTH_LEAN = {"checkpointing": False, "batch": 1}
+_UNSLOTH_LEAN = {"checkpointing": False, "gradient_checkpointing": False, "batch": 1}
 
 OURS = Contender("", "Tunewright", "ours")
 OURS_FULL = Contender("", "Tunewright, all weights", "ours", method="full")
@@ -76,10 +76,12 @@ CONTENDERS = (
     Contender("llamafactory", "LLaMA-Factory, its defaults", "defaults"),
     Contender("llamafactory", "LLaMA-Factory, float32, no checkpointing, 1 x 8", "best",
               {"infer_dtype": "float32", **_LF_LEAN}),
-    Contender("llamafactory", "LLaMA-Factory, bf16, no checkpointing, 1 x 8", "best", {"pure_bf16": True, **_LF_LEAN}),
+    Contender("llamafactory", "LLaMA-Factory, bf16 base, no checkpointing, 1 x 8", "best",
+              {"infer_dtype": "bfloat16", **_LF_LEAN}),
     Contender("llamafactory", "LLaMA-Factory, bf16 autocast, no checkpointing, 1 x 8", "tried", {"bf16": True, **_LF_LEAN}),
-    Contender("llamafactory", "LLaMA-Factory, bf16, no checkpointing, packed 2 x 1024", "tried",
-              {"pure_bf16": True, "disable_gradient_checkpointing": True, "batch": 2, "accumulation": 1, "packing": True}),
+    Contender("llamafactory", "LLaMA-Factory, bf16 base, no checkpointing, packed 2 x 1024", "tried",
+              {"infer_dtype": "bfloat16", "disable_gradient_checkpointing": True, "batch": 2, "accumulation": 1,
+               "packing": True}),
     Contender("swift", "ms-swift, its defaults", "defaults"),
     Contender("swift", "ms-swift, float32, no checkpointing, 1 x 8", "best",
               {"torch_dtype": "float32", "gradient_checkpointing": False}),
