@@ -1,22 +1,39 @@
-"""Speed and memory of the text trainer: `python benchmarks/train_speed.py BASE_FOLDER DATA.jsonl [--threads 1 2]`.
+"""Speed and memory of the text trainer: `python benchmarks/train_speed.py BASE_FOLDER [--threads 1 2] ...`.
 
-Prints, for each number of threads (each in a process of its own): tokens per CPU-second and per second over the timed
-steps, peak memory, and the speed of a bare float32 matrix product beside it. Unit: tokens, prompt tokens included, no
-padding. Run it on a quiet machine; compare ratios, not figures of different machines.
+Prints a table, each line from a process of its own, and each ratio from one run:
+
+    tok/CPU-s    tokens of the timed steps (prompts included, no padding) for each second of processor time
+    MFU          the arithmetic of those steps against a bare matrix product of the same precision, timed right after
+    peak GB      the process's largest resident set
+    first step   seconds of processor time, and of wall time, from the start of the process to the first metrics
+
+Rows are those of long_tailed_chat.py unless --data names a file. Compare ratios, not figures of different machines.
 """
 
 import argparse
+import itertools
+import json
 import multiprocessing
 import resource
 import tempfile
 import time
 from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
+
+import long_tailed_chat
+import psutil
 
 from tunewright.files_on_disk import sha256_of
-from tunewright.jobs.spec import Hyperparameters, Metrics, TrainingSpec
-from tunewright.recipes.attempt import Attempt, StopRequested
+from tunewright.jobs.memory_estimate import sizes_of
+from tunewright.jobs.spec import Hyperparameters, JournalRecord, Metrics, Started, TrainingSpec
+from tunewright.recipes.attempt import Attempt
 from tunewright.recipes.journal_writer import JournalWriter
+from tunewright.recipes.run import run
+
+_RANK = 8
+_LINE = "{:<5} {:<9} {:<5} {:>7} {:>10} {:>9} {:>6} {:>8} {:>9} {:>15}"
+_HEADS = ("type", "precision", "ckpt", "threads", "tok/CPU-s", "GFLOP/s", "MFU", "peak GB", "estimate", "first step s")
 
 
 class TimedJournal(JournalWriter):
@@ -26,97 +43,135 @@ class TimedJournal(JournalWriter):
         super().__init__(path)
         self.steps = steps
         self.seen: list[tuple[int, float, float]] = []
+        self.choices: dict[str, Any] = {}
         self.attempt: Attempt | None = None
 
-    def write(self, record: object) -> None:
-        super().write(record)  # type: ignore[arg-type]
+    def write(self, record: JournalRecord) -> None:
+        super().write(record)
+        if isinstance(record, Started):
+            self.choices = record.choices
         if isinstance(record, Metrics):
-            self.seen.append((record.tokens, time.perf_counter(), time.process_time()))
+            self.seen.append((record.tokens, time.time(), time.process_time()))
             if len(self.seen) > self.steps and self.attempt is not None:
                 self.attempt.stop.set()
 
 
-def measure(base: str, data: str, threads: int, steps: int, batch_size: int, rank: int, token_budget: int) -> None:
-    """Train for one step of warm-up and `steps` timed ones, and print a line."""
-    from tunewright.recipes import text
-
-    text.TOKEN_BUDGET = token_budget or text.TOKEN_BUDGET
+def measure(given: argparse.Namespace, training_type: str, precision: str, checkpointing: str, threads: int) -> None:
+    """Train for one step of warm-up and the timed ones, and print a line."""
     with tempfile.TemporaryDirectory() as work:
-        hyperparameters = Hyperparameters(
-            n_epochs=1000,
-            batch_size=batch_size,
-            learning_rate_multiplier=1.0,
-            learning_rate=1e-4,
-            lora_rank=rank,
-            lora_alpha=2 * rank,
-        )
-        spec = TrainingSpec(
-            job_id="benchmark",
-            attempt=1,
-            work_folder=work,
-            base_code="benchmark",
-            base_path=base,
-            base_files={},
-            training_data=data,
-            training_sha256=sha256_of(Path(data)),
-            hyperparameters=hyperparameters,
-            seed=0,
-            threads=threads,
-            checkpoint_every_s=1e9,
-            max_line_bytes=2**24,
-        )
+        journal = TimedJournal(Path(work) / "journal.jsonl", given.steps)
+        spec = _spec(given, work, threads, training_type, precision, checkpointing)
         verified: Future[None] = Future()
         verified.set_result(None)
-        journal = TimedJournal(Path(work) / "journal.jsonl", steps)
         journal.attempt = Attempt(spec, journal, verified)
-        try:
-            text.train(journal.attempt)
-        except StopRequested:
-            pass
+        run(journal.attempt)
         journal.close()
-    (tokens, wall, cpu), (last_tokens, last_wall, last_cpu) = journal.seen[0], journal.seen[-1]
-    done = last_tokens - tokens
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    (tokens, began, cpu_began), (last_tokens, _, cpu_ended) = journal.seen[0], journal.seen[-1]
+    speed = (last_tokens - tokens) / (cpu_ended - cpu_began)
+    precision = journal.choices["precision"]
+    peak_product = gemm_gflop_per_cpu_s(threads, precision)
+    config = json.loads((Path(given.base) / "config.json").read_bytes())
     print(
-        f"{threads} threads: {done / (last_cpu - cpu):.0f} tokens/CPU-s, {done / (last_wall - wall):.0f} tokens/s, "
-        f"peak {peak:.2f} GB, {done / (len(journal.seen) - 1):.0f} tokens/step, "
-        f"float32 GEMM {gemm_gflop_per_cpu_s(threads):.0f} GFLOP/CPU-s",
+        _LINE.format(
+            training_type,
+            precision,
+            "on" if journal.choices["activation_checkpointing"] else "off",
+            threads,
+            f"{speed:.0f}",
+            f"{peak_product:.0f}",
+            f"{speed * flop_per_token(config, training_type) / peak_product / 1e9:.2f}",
+            f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9:.2f}",
+            f"{journal.choices['measured']['memory_estimate_gb']:.2f}",
+            f"{cpu_began:.1f} / {began - psutil.Process().create_time():.1f}",
+        ),
         flush=True,
     )
 
 
-def gemm_gflop_per_cpu_s(threads: int) -> float:
-    """Speed of one core in a float32 matrix product of a size that training has."""
+def _spec(
+    given: argparse.Namespace, work: str, threads: int, training_type: str, precision: str, checkpointing: str
+) -> TrainingSpec:
+    hyperparameters = Hyperparameters(
+        n_epochs=1000,
+        batch_size=given.batch_size,
+        learning_rate_multiplier=1.0,
+        learning_rate=1e-4 if training_type == "lora" else 1e-5,
+        lora_rank=_RANK,
+        lora_alpha=2 * _RANK,
+        precision=precision,
+        activation_checkpointing=checkpointing,
+        micro_batch_tokens=given.micro_batch_tokens,
+    )
+    return TrainingSpec(
+        job_id="benchmark",
+        attempt=1,
+        work_folder=work,
+        base_code="benchmark",
+        base_path=given.base,
+        base_files={},
+        training_type=training_type,
+        training_data=given.data,
+        training_sha256=sha256_of(Path(given.data)),
+        hyperparameters=hyperparameters,
+        seed=0,
+        threads=threads,
+        checkpoint_every_s=1e9,
+        max_line_bytes=2**24,
+    )
+
+
+def flop_per_token(config: dict[str, Any], training_type: str) -> float:
+    """Arithmetic that training needs for a token, half of the tokens being labels; attention and recomputation not counted.
+
+    Two operations for each weight forward and two for the gradient of its input; two more where it is trained.
+    """
+    sizes = sizes_of(config)
+    head = sizes.vocabulary * sizes.hidden
+    tied = bool(config.get("tie_word_embeddings"))
+    layers = sizes.parameters - head * (1 if tied else 2)
+    if training_type == "full":
+        return 6 * layers + 6 * head / 2
+    return 4 * layers + 4 * head / 2 + 6 * sizes.adapted * _RANK
+
+
+def gemm_gflop_per_cpu_s(threads: int, precision: str) -> float:
+    """Speed of one core in a matrix product of a size that training has, the best of some."""
     import torch
 
     torch.set_num_threads(threads)
-    left, right = torch.randn(2048, 576), torch.randn(576, 1536)
-    out = left @ right
-    began = time.process_time()
-    for _ in range(50):
-        torch.mm(left, right, out=out)
-    return 50 * 2 * 2048 * 576 * 1536 / (time.process_time() - began) / 1e9
+    dtype = getattr(torch, precision)
+    left, right = torch.randn(1024, 576, dtype=dtype), torch.randn(1536, 576, dtype=dtype)
+    best = 0.0
+    for _ in range(5):
+        began = time.process_time()
+        for _ in range(10):
+            torch.mm(left, right.t())
+        best = max(best, 10 * 2 * 1024 * 576 * 1536 / (time.process_time() - began) / 1e9)
+    return best
 
 
 def main() -> None:
-    """Measure each thread count in a fresh process."""
+    """Measure each combination in a fresh process."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("base", help="folder of a base model in Hugging Face layout")
-    parser.add_argument("data", help="chat rows, JSONL")
+    parser.add_argument("--data", help="chat rows, JSONL; without it, 512 long-tailed ones are made")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--types", nargs="+", default=["lora", "full"])
+    parser.add_argument("--precisions", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--checkpointing", nargs="+", default=["off", "on"])
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument(
-        "--token-budget", type=int, default=0, help="tokens of one micro-batch; 0 means the product's own"
-    )
-    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--micro-batch-tokens", type=int, help="without it, the product's own choice")
     given = parser.parse_args()
     start = multiprocessing.get_context("spawn")
-    for threads in given.threads:
-        numbers = (threads, given.steps, given.batch_size, given.rank, given.token_budget)
-        process = start.Process(target=measure, args=(given.base, given.data, *numbers))
-        process.start()
-        process.join()
+    print(_LINE.format(*_HEADS))
+    with tempfile.TemporaryDirectory() as folder:
+        if given.data is None:
+            given.data = str(long_tailed_chat.write(Path(folder) / "chat.jsonl", 512))
+        for chosen in itertools.product(given.types, given.precisions, given.checkpointing, given.threads):
+            process = start.Process(target=measure, args=(given, *chosen))
+            process.start()
+            process.join()
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ LABELS_AT_ONCE = 256
 FAST_MODEL_TYPES = ("llama",)
 """Architectures whose layers are computed by hand (recipes/fast_layers.py) and keep little for the backward pass."""
 
-_OVERHEAD_BYTES = 600 * 2**20
+_OVERHEAD_BYTES = 880 * 2**20
 _BYTES = {"float32": 4, "bfloat16": 2}
 
 
@@ -38,6 +38,7 @@ class Sizes:
     heads_width: int
     kv_width: int
     mlp_width: int
+    heads: int
     fast: bool
 
 
@@ -99,6 +100,7 @@ def sizes_of(config: Mapping[str, Any]) -> Sizes:
         heads_width=heads_width,
         kv_width=kv_width,
         mlp_width=mlp_width,
+        heads=heads,
         fast=config.get("model_type") in FAST_MODEL_TYPES,
     )
 
@@ -120,16 +122,19 @@ def estimate(
     """
     sizes = sizes_of(config)
     full = training_type == "full"
-    number = 4 if full else _BYTES.get(precision, 4)
+    computed = _BYTES.get(precision, 4)
+    number = 4 if full else computed
     tokens = max(micro_batch_tokens, longest_row)
     trained = sizes.parameters if full else sizes.adapted * lora_rank
-    kept, transient = _layer_bytes(sizes, number)
+    kept, transient = _layer_bytes(sizes, computed if sizes.fast else number)
+    if sizes.fast:  # half of the probabilities of attention: keys come before their queries
+        kept += computed * sizes.heads * longest_row // 2
     if activation_checkpointing:
         activations = tokens * (sizes.layers * sizes.hidden * number + kept + transient)
     else:
         activations = tokens * (sizes.layers * kept + transient)
     return MemoryEstimate(
-        weights=sizes.parameters * number + (0 if full else trained * 4),
+        weights=sizes.parameters * (number + (computed if computed < number else 0)) + (0 if full else trained * 4),
         optimizer=trained * 4 * 3,
         activations=activations,
         logits=min(tokens, LABELS_AT_ONCE) * sizes.vocabulary * (4 + number + 4),

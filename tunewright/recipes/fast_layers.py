@@ -32,6 +32,12 @@ def speed_up(model: Any, dtype: torch.dtype, *, checkpointing: bool) -> bool:
     return True
 
 
+def computed_in(model: Any) -> torch.dtype:
+    """The type that matrix products of `model` are computed in."""
+    forward = model.base_model.layers[0].forward
+    return forward.args[1].dtype if isinstance(forward, partial) and forward.func is _forward else model.dtype
+
+
 def _understood(model: Any) -> bool:
     config = model.config
     linears = [module for layer in model.base_model.layers for module in _linears(layer)] if _is_llama(model) else []

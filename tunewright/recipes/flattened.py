@@ -18,6 +18,7 @@ from transformers.modeling_utils import AttentionInterface
 from tunewright.errors import InvalidRequest
 from tunewright.i18n import mark
 from tunewright.jobs.memory_estimate import LABELS_AT_ONCE
+from tunewright.recipes import fast_layers
 from tunewright.recipes.computing import FLASH, FLEX, PER_CONVERSATION
 from tunewright.recipes.flex_attention import attend_flex
 from tunewright.recipes.packing import Flat
@@ -90,15 +91,9 @@ class _CrossEntropies(torch.autograd.Function):
         for start in range(0, len(labels), LABELS_AT_ONCE):
             part = slice(start, start + LABELS_AT_ONCE)
             wanted = labels[part, None]
-            logits = (hidden[part].to(head.dtype) @ head.t()).float()
-            largest, likeliest = logits.max(-1, keepdim=True)
-            right[part] = (likeliest == wanted)[:, 0]
-            losses[part] = (largest - logits.gather(-1, wanted))[:, 0]
-            error = logits.sub_(largest).exp_()
-            total = error.sum(-1, keepdim=True)
-            losses[part] += total.log()[:, 0]
+            losses[part], right[part], error = _score(hidden[part].to(head.dtype) @ head.t(), wanted)
             if gradient is not None:
-                error.div_(total).scatter_add_(-1, wanted, torch.full_like(wanted, -1, dtype=error.dtype))
+                error.scatter_add_(-1, wanted, torch.full_like(wanted, -1, dtype=error.dtype))
                 torch.mm(error.to(head.dtype), head, out=gradient[part])
         ctx.dtype = hidden.dtype
         ctx.save_for_backward(gradient)
@@ -109,6 +104,49 @@ class _CrossEntropies(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
         (gradient,) = ctx.saved_tensors
         return gradient.to(ctx.dtype) * gradients[0][:, None].to(ctx.dtype), None, None
+
+
+class _TrainedCrossEntropies(torch.autograd.Function):
+    """The same for a head that is trained, float32, with logits computed in `dtype`. They are made again in the backward
+    pass, so they never exist together either."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, head: torch.Tensor, labels: torch.Tensor, dtype: torch.dtype) -> Any:
+        compute = head.to(dtype)
+        parts = zip(hidden.split(LABELS_AT_ONCE), labels[:, None].split(LABELS_AT_ONCE), strict=True)
+        found = [_score(states.to(dtype) @ compute.t(), wanted)[:2] for states, wanted in parts]
+        ctx.save_for_backward(hidden, head, labels)
+        ctx.dtype = dtype
+        right = torch.cat([right for _, right in found])
+        ctx.mark_non_differentiable(right)
+        return torch.cat([losses for losses, _ in found]), right
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        hidden, head, labels = ctx.saved_tensors
+        compute, of_hidden, of_head = head.to(ctx.dtype), torch.empty_like(hidden), torch.zeros_like(head)
+        for start in range(0, len(labels), LABELS_AT_ONCE):
+            part = slice(start, start + LABELS_AT_ONCE)
+            states, wanted = hidden[part].to(ctx.dtype), labels[part, None]
+            _, _, error = _score(states @ compute.t(), wanted)
+            error.scatter_add_(-1, wanted, torch.full_like(wanted, -1, dtype=error.dtype))
+            error = error.mul_(gradients[0][part, None]).to(ctx.dtype)
+            of_hidden[part] = error @ compute
+            if ctx.dtype == torch.float32:
+                of_head.addmm_(error.t(), states)
+            else:
+                of_head += error.t() @ states
+        return of_hidden, of_head, None, None
+
+
+def _score(logits: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(cross-entropies, whether the label was the likeliest, probabilities float32 (N, V)) of `wanted`, (N, 1)."""
+    logits = logits.float()
+    largest, likeliest = logits.max(-1, keepdim=True)
+    losses = largest - logits.gather(-1, wanted)
+    probabilities = logits.sub_(largest).exp_()
+    total = probabilities.sum(-1, keepdim=True)
+    return (losses + total.log())[:, 0], (likeliest == wanted)[:, 0], probabilities.div_(total)
 
 
 def summed_loss(model: Any, flat: Flat, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -128,7 +166,7 @@ def label_losses(model: Any, flat: Flat, device: torch.device) -> tuple[torch.Te
     hidden_NC = hidden_1TC[0].index_select(0, torch.from_numpy(flat.predicts).to(device))
     head, labels = model.get_output_embeddings().weight, torch.from_numpy(flat.labels).to(device)
     if head.requires_grad and torch.is_grad_enabled():
-        return _with_trained_head(hidden_NC, head, labels)
+        return _TrainedCrossEntropies.apply(hidden_NC, head, labels, fast_layers.computed_in(model))
     return _CrossEntropies.apply(hidden_NC, head, labels)
 
 
@@ -152,20 +190,6 @@ def next_token(model: Any, tokens: np.ndarray, device: torch.device) -> int:
     ).last_hidden_state
     head_VC = model.get_output_embeddings().weight
     return int((head_VC @ hidden_1TC[0, -1].to(head_VC.dtype)).argmax())
-
-
-def _with_trained_head(
-    hidden_NC: torch.Tensor, head_VC: torch.Tensor, labels_N: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same for a head that is trained. Logits are made again in the backward pass, so they never exist together either."""
-
-    def of_part(hidden: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        logits = (hidden @ head_VC.t()).float()
-        return functional.cross_entropy(logits, labels, reduction="none"), logits.argmax(-1) == labels
-
-    parts = zip(hidden_NC.split(LABELS_AT_ONCE), labels_N.split(LABELS_AT_ONCE), strict=True)
-    found = [checkpoint(of_part, *part, use_reentrant=False) for part in parts]
-    return torch.cat([losses for losses, _ in found]), torch.cat([right for _, right in found])
 
 
 @torch.no_grad()
