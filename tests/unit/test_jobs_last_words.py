@@ -69,6 +69,7 @@ def test_every_signature_has_a_death_that_only_it_explains() -> None:
         (Death("MemoryError\nFatal Python error: Segmentation fault", -signal.SIGSEGV), "host_out_of_memory"),
         (Death("a warning: Permission denied\nSegmentation fault", -signal.SIGSEGV), "segmentation_fault"),
         (Death("KeyboardInterrupt", 1), "terminated"),
+        (Death("SystemError: error return without exception set", 1), "host_out_of_memory"),
         (Death("the user wrote KeyboardInterrupt", 1), "unknown"),
         (Death("", -signal.SIGKILL, starved=True), "killed_for_memory"),
         (Death("MemoryError", None, silent=True), "silent"),

@@ -61,7 +61,9 @@ SIGNATURES: tuple[Signature, ...] = (
         OUT_OF_MEMORY,
         mark("The memory that this process may have was used up."),
         r"(?i)out of memory|can(no|')t allocate memory|unable to allocate|\bMemoryError\b|bad_alloc|"
-        r"failed to map segment|DefaultCPUAllocator",
+        # CPython says the last two of an allocation that failed where nobody looks.
+        r"failed to map segment|DefaultCPUAllocator|SystemError: error return without exception set|"
+        r"SystemError: .* returned NULL without setting an exception",
     ),
     # disk
     Signature(
