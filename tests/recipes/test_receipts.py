@@ -80,7 +80,7 @@ def test_pairs_have_receipts_too(tmp_path: Path, base: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("mode", "n_epochs", "share"), [("off", 9, 0), ("on", 1, 1), ("auto", 9, 1), ("auto", 2, 0.375)]
+    ("mode", "n_epochs", "share"), [("off", 9, 0), ("on", 1, 1), ("auto", 9, 1), ("auto", 2, 0.326)]
 )
 def test_auto_takes_as_many_rows_as_cost_little(
     tmp_path: Path, base: Path, mode: str, n_epochs: int, share: float
