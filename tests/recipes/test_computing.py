@@ -41,7 +41,7 @@ def precision(spec: TrainingSpec, machine: Capabilities = CPU, speeds: Any = Non
 def test_precision_on_a_processor_is_the_faster_one(spec: TrainingSpec, tmp_path: Path, base: Path) -> None:
     assert precision(spec, speeds=SLOW_BF16) == "float32"
     assert precision(spec, speeds=FAST_BF16) == "bfloat16"
-    assert precision(spec, speeds=FAST_BF16, model_type="glm4") == "float32"  # PEFT's modules gain nothing by it
+    assert precision(spec, speeds=FAST_BF16, model_type="glm4") == "float32"  # no layers by hand
     full = write_job(tmp_path / "full", base, precision="auto", training_type="full")
     assert precision(full, speeds=FAST_BF16) == "bfloat16"
     told = choose_precision(spec, LLAMA, CPU, lambda hidden, width: FAST_BF16)[1]

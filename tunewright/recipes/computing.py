@@ -125,8 +125,8 @@ def choose_precision(
     """(precision; GFLOP/s of a matrix product in each, where it was measured).
 
     bfloat16 is worth it on GPUs that have it, and on processors where the product of this model's sizes says so: on some it is
-    twice as fast as float32, on others half. There it is only for architectures whose layers are computed by hand; what
-    PEFT's modules lose in conversions is more (measured).
+    twice as fast as float32, on others half. There it is only for architectures whose layers are computed by hand, which
+    keep a young adapter's change from being lost in rounding.
     """
     wanted = spec.hyperparameters.precision
     try:
