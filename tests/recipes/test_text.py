@@ -73,7 +73,8 @@ def test_a_small_set_is_memorised(tmp_path: Path, base: Path) -> None:
     assert last.loss < 0.25 * first.loss
     assert last.accuracy > 0.9
     assert [step.step for step in steps] == list(range(1, 41))
-    assert last.remaining_s == 0.0 and last.epoch == 40.0
+    assert last.remaining_s is not None and 0 <= last.remaining_s < 5  # the last checkpoint and the result
+    assert last.epoch == 40.0
     assert all(step.remaining_s and step.elapsed_s < after.elapsed_s for step, after in pairwise(steps))
     started = found[0]
     assert isinstance(started, Started)

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from tunewright.jobs.memory_estimate import sizes_of
+from tunewright.jobs.spec import TrainingSpec
 from tunewright.recipes import packing
 from tunewright.recipes.packing import Rows
 
@@ -68,6 +69,48 @@ class Remaining:
     evaluation_units: float = 0.0
     saves: int = 0
     save_every_s: float = math.inf
+
+
+class Workload:
+    """All that a training does, in its order, and what of it is left after a step."""
+
+    def __init__(self, spec: TrainingSpec, rows: Rows, validation: Rows | None, cost: RowCost) -> None:
+        self._spec, self._wanted = spec, spec.hyperparameters
+        self._units = cost.of(rows)
+        self._evaluation_units = 0.0 if validation is None else float(cost.of(validation).sum())
+        self.steps_per_epoch = math.ceil(rows.n_examples / self._wanted.batch_size)
+        self.total_steps = self.steps_per_epoch * self._wanted.n_epochs
+        steps = np.arange(1, self.total_steps + 1)
+        due = steps % self.steps_per_epoch == 0
+        if self._wanted.eval_steps:
+            due |= steps % self._wanted.eval_steps == 0
+        self._evaluated = steps[due] if validation is not None else steps[:0]
+        self._done_in_epoch: tuple[int, np.ndarray] | None = None
+
+    def units(self, chosen: np.ndarray) -> float:
+        """Of these examples."""
+        return float(self._units[chosen].sum())
+
+    def left(self, step: int, pieces_per_step: float) -> Remaining:
+        """After `step` steps; `pieces_per_step` are the micro-batches of one on average."""
+        epoch, place = divmod(step, self.steps_per_epoch)
+        units = float(self._units.sum()) * (self._wanted.n_epochs - epoch)
+        if place:
+            units -= float(self._units_in_order(epoch)[place * self._wanted.batch_size - 1])
+        return Remaining(
+            units=units,
+            pieces=pieces_per_step * (self.total_steps - step),
+            evaluations=int((self._evaluated > step).sum()),
+            evaluation_units=self._evaluation_units,
+            saves=self._wanted.n_epochs - epoch,
+            save_every_s=self._spec.checkpoint_every_s,
+        )
+
+    def _units_in_order(self, epoch: int) -> np.ndarray:
+        if self._done_in_epoch is None or self._done_in_epoch[0] != epoch:
+            order = packing.epoch_order(len(self._units), self._spec.seed, epoch)
+            self._done_in_epoch = epoch, np.cumsum(self._units[order])
+        return self._done_in_epoch[1]
 
 
 class Forecast:

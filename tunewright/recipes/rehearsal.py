@@ -28,7 +28,7 @@ from tunewright.jobs.memory_estimate import MICRO_BATCH_TOKENS
 from tunewright.jobs.spec import Rehearsed, TrainingSpec
 from tunewright.recipes import checkpoints, flattened, job_rows, nastiest, packing, text
 from tunewright.recipes.attempt import Attempt
-from tunewright.recipes.forecast import Forecast, Remaining, RowCost, pieces_per_step, row_cost
+from tunewright.recipes.forecast import Forecast, RowCost, Workload, pieces_per_step, row_cost
 from tunewright.recipes.preference import PreferenceTraining
 from tunewright.recipes.text import Progress
 from tunewright.rendering.renderer import renderer_of
@@ -228,25 +228,16 @@ class _Findings:
         for step, seconds in zip(self.steps, steps_s, strict=True):
             forecast.step(step.units, step.pieces, seconds)
         forecast.save(self.save_s)
-        units = float(self.cost.of(rows).sum())
-        pieces = pieces_per_step(rows, wanted.batch_size, self.spec.seed, self.token_budget) * total_steps
-        evaluated = 0.0 if validation is None else float(self.cost.of(validation).sum())
-        asked = units + evaluated if self.spec.method == "dpo" else 0.0
+        work = Workload(self.spec, rows, validation, self.cost)
+        pieces = pieces_per_step(rows, wanted.batch_size, self.spec.seed, self.token_budget)
+        left = work.left(0, pieces)
+        asked_s = 0.0
         if self.forward is not None:
             per_unit = self.forward[1] / self.forward[0]
-            forecast.evaluation(evaluated * per_unit)
-            asked_s = asked * per_unit
-        else:
-            asked_s = 0.0
-        left = Remaining(
-            units=units * wanted.n_epochs,
-            pieces=pieces,
-            evaluations=0 if validation is None else wanted.n_epochs,
-            evaluation_units=evaluated,
-            saves=wanted.n_epochs,
-            save_every_s=self.spec.checkpoint_every_s,
-        )
-        steps_all = forecast.seconds(left.units, pieces) or 0.0
+            forecast.evaluation(left.evaluation_units * per_unit)
+            if self.spec.method == "dpo":
+                asked_s = per_unit * (left.units / wanted.n_epochs + left.evaluation_units)
+        steps_all = forecast.seconds(left.units, left.pieces) or 0.0
         return steps_all, self.start_s + asked_s + (forecast.remaining_s(left) or 0.0)
 
 

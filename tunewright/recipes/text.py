@@ -8,7 +8,6 @@
 """
 
 import math
-from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
@@ -40,6 +39,7 @@ from tunewright.recipes import (
 from tunewright.recipes.adapters import Lora
 from tunewright.recipes.attempt import Attempt, StopRequested
 from tunewright.recipes.evaluation import Progress
+from tunewright.recipes.forecast import Forecast, Workload, row_cost
 from tunewright.recipes.memory import is_out_of_memory
 from tunewright.recipes.receipts import Receipts
 from tunewright.recipes.threads import choose_threads
@@ -48,7 +48,6 @@ from tunewright.rendering.renderer import renderer_of
 FINAL_LEARNING_RATE = 0.1
 """Part of the peak learning rate at which the cosine ends."""
 CLIP_NORM = 1.0
-_SPEED_STEPS = 20
 _Done = TypeVar("_Done")
 
 
@@ -250,23 +249,29 @@ class Training:
     def _loop(self, progress: Progress) -> Progress:
         began, elapsed_before = mono_s(), progress.elapsed_s
         saved_at = began
-        marks = deque([(began, progress.tokens)], maxlen=_SPEED_STEPS)
+        work = Workload(self.spec, self.rows, self.validation, row_cost(self.model.config.to_dict()))
+        forecast = Forecast()
         order, order_epoch = np.empty(0), -1
         while progress.step < self.total_steps and not evaluation.is_enough(progress, self.wanted.early_stopping):
             epoch, place = divmod(progress.step, self.steps_per_epoch)
             if epoch != order_epoch:
                 order, order_epoch = packing.epoch_order(self.rows.n_examples, self.spec.seed, epoch), epoch
             chosen = order[place * self.wanted.batch_size : (place + 1) * self.wanted.batch_size]
+            started = mono_s()
             try:
                 self.attempt.go_on()
                 progress = self._within_memory(partial(self._step, progress, chosen))
             except StopRequested:
                 self._save(progress)
                 raise
+            pieces = sum(1 for _ in packing.micro_batches(self.rows, chosen, self.token_budget))
+            forecast.step(work.units(chosen), pieces, mono_s() - started)
             if self.validation is not None and evaluation.is_due(
                 progress.step, self.steps_per_epoch, self.wanted.eval_steps
             ):
+                started = mono_s()
                 progress = self._evaluate(progress, self.validation)
+                forecast.evaluation(mono_s() - started)
                 progress = evaluation.judged(progress, self.wanted.early_stopping)
             now = mono_s()
             progress = replace(progress, elapsed_s=elapsed_before + now - began)
@@ -275,11 +280,12 @@ class Training:
                 uninformed_loss=self.uninformed_loss(),
                 multiplier=self.wanted.learning_rate_multiplier,
             )
-            marks.append((now, progress.tokens))
-            self._write_metrics(progress, marks)
+            left = work.left(progress.step, forecast.pieces_per_step)
+            self._write_metrics(progress, forecast.remaining_s(left))
             if self._is_worth_keeping(progress) or now - saved_at >= self.spec.checkpoint_every_s:
                 self._save(progress)
                 saved_at = mono_s()
+                forecast.save(saved_at - now)
         return progress
 
     def _is_worth_keeping(self, progress: Progress) -> bool:
@@ -374,9 +380,7 @@ class Training:
             self.attempt.note("receipts_of_a_sample", text, level="info", rows=counts.rows, of=counts.of)
         return counts
 
-    def _write_metrics(self, progress: Progress, marks: deque[tuple[float, int]]) -> None:
-        (first_s, first_tokens), (last_s, last_tokens) = marks[0], marks[-1]
-        to_do = self.rows.n_tokens * self.wanted.n_epochs - progress.tokens
+    def _write_metrics(self, progress: Progress, remaining_s: float | None) -> None:
         self.attempt.write(
             Metrics(
                 step=progress.step,
@@ -387,7 +391,7 @@ class Training:
                 learning_rate=self._learning_rate(progress.step - 1),
                 tokens=progress.tokens,
                 elapsed_s=progress.elapsed_s,
-                remaining_s=to_do * (last_s - first_s) / (last_tokens - first_tokens),
+                remaining_s=remaining_s,
                 eval_loss=progress.eval_loss if progress.evaluated else None,
                 eval_accuracy=progress.eval_accuracy if progress.evaluated else None,
                 reward_margin=progress.margin,
