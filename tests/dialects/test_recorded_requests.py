@@ -47,7 +47,6 @@ REFUSED = {
     "chat image data-uri (client strips prefix)": 400,  # a text model
     "chat image data-uri (kept)": 400,
     "plain key without dot, /v1 prefix": 401,
-    "chat.completions.create(all)": 400,  # response_format json_object
     "files.create(file=bytes)": 400,  # {"a": 1} is no image row
 }
 
