@@ -19,6 +19,7 @@ OPTIONS: dict[str, Any] = {
     "max_length": "256",
     "warmup_ratio": "0.1",
     "seed": 11,
+    "tensorboard": True,
 }
 NAME = re.compile(r"tiny:[0-9]{10}:[A-Za-z0-9_-]*:[a-z0-9]{8}")
 
@@ -54,7 +55,7 @@ def test_extra_body_is_understood_and_echoed(client: Any, file_id: str) -> None:
     found = hyperparameters(job)
     asked = {"n_epochs": 2, "learning_rate_multiplier": 0.5, "lora_rank": 4, "lora_alpha": 16, "max_length": 256}
     assert {name: found[name] for name in asked} == asked and found["warmup_ratio"] == 0.1
-    assert (job.seed, job.training_type) == (11, "lora")
+    assert (job.seed, job.training_type, job.tensorboard) == (11, "lora", f"jobs/{job.id}/tensorboard")
 
 
 def test_a_tuned_model_is_trained_further_under_a_name_of_its_base(live_server: LiveServer, tuned_model: str) -> None:

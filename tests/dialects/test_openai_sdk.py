@@ -104,6 +104,7 @@ def test_a_job_runs_and_its_model_answers(client: OpenAI, live_server: LiveServe
         seed=7,
         metadata={"team": "blue"},
         method={"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 2, "batch_size": "auto"}}},
+        extra_body={"tensorboard": True},
     )
     assert job.fine_tuned_model is None
     assert job.status in ("validating_files", "queued", "running")
@@ -137,6 +138,9 @@ def test_a_job_runs_and_its_model_answers(client: OpenAI, live_server: LiveServe
         assert native.get("/jobs/ftjob-x/rows").json()["error"]["code"] == "job_not_found"
         refused = native.post("/jobs", json={"model": "tiny", "training_file": file.id, "receipts": "some"})
         assert (refused.status_code, refused.json()["error"]["param"]) == (400, "receipts")
+
+    place = live_server.job(job.id)["tensorboard"]
+    assert place == f"jobs/{job.id}/tensorboard" and list((live_server.home / place).glob("*tfevents*"))
 
     card = client.models.retrieve(job.fine_tuned_model)
     assert card.id == job.fine_tuned_model

@@ -34,6 +34,10 @@ def rich_job(bench: Bench, **changes: Any) -> Job:
         "metadata": {"a": "b"},
         "max_bad_rows": 3,
         "request_id": "r-1",
+        "priority": "high",
+        "rehearsal": "always",
+        "receipts": "off",
+        "tensorboard": True,
     }
     return bench.jobs.create(PROJECT, CreateJob(**(wanted | changes)))
 
@@ -76,6 +80,16 @@ def test_a_job_under_way_is_not_tried_again_but_can_be_copied(bench: Bench) -> N
     copy = bench.jobs.clone(PROJECT, job.id, {})
     assert copy.cloned_from == job.id and copy.retry_of is None
     assert differences(job, copy) <= OF_A_COPY | {"cloned_from", "request_id"}
+
+
+def test_what_is_written_beside_the_model_stays_in_a_retry_and_a_copy(bench: Bench) -> None:
+    wanted = {"receipts": "off", "tensorboard": True}
+    job = ended(bench, rich_job(bench))
+    for again in (bench.jobs.retry(PROJECT, job.id), bench.jobs.clone(PROJECT, job.id, {})):
+        assert again.options == wanted and again.rehearsal == {"wanted": "always"}
+    changes = {"receipts": "on", "tensorboard": None, "rehearsal": None}
+    other = bench.jobs.clone(PROJECT, job.id, changes)
+    assert other.options == {"receipts": "on", "tensorboard": False} and other.rehearsal == {}
 
 
 def test_the_suggestion_of_a_failure_is_applied_on_wish_only(bench: Bench) -> None:

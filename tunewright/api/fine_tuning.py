@@ -79,6 +79,7 @@ class CreateBody(BaseModel):
     priority: Annotated[Any, WithJsonSchema({"enum": [*PRIORITIES, None]})] = None
     rehearsal: Annotated[Any, WithJsonSchema({"enum": ["auto", "always", "off", None]})] = None
     receipts: Annotated[Any, WithJsonSchema({"enum": ["auto", "on", "off", None]})] = None
+    tensorboard: Annotated[Any, WithJsonSchema({"anyOf": [{"type": "boolean"}, {"type": "null"}]})] = None
     lora_rank: _Hyperparameter = None
     lora_alpha: _Hyperparameter = None
     max_length: _Hyperparameter = None
@@ -125,6 +126,7 @@ def create_job(body: CreateBody) -> CreateJob:
         priority=body.priority,
         rehearsal=body.rehearsal,
         receipts=body.receipts,
+        tensorboard=body.tensorboard,
     )
 
 

@@ -9,6 +9,7 @@ from tunewright.i18n import translate
 from tunewright.jobs import rehearsals
 from tunewright.jobs.line import QueuePlace
 from tunewright.jobs.records import CheckpointPage, Job, JobCheckpoint, JobEvent
+from tunewright.jobs.spec import TENSORBOARD
 from tunewright.models.checkpoint_names import checkpoint_name
 from tunewright.models.service import Card
 
@@ -76,6 +77,7 @@ def job_object(
         "validation_split": job.validation_split,
         "rehearsal": rehearsals.shown(job),
         "receipts": job.receipts or None,
+        "tensorboard": f"jobs/{job.id}/{TENSORBOARD}" if job.options.get("tensorboard") else None,
         "progress": {"step": job.step, "total_steps": job.total_steps},
         "priority": job.priority,
         "queue": None if place is None else _queue_object(place, language),

@@ -30,6 +30,7 @@ def same_again(job: Job) -> CreateJob:
         priority=job.priority,
         rehearsal=job.rehearsal.get("wanted"),
         receipts=job.options.get("receipts"),
+        tensorboard=job.options.get("tensorboard"),
     )
 
 

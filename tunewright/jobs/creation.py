@@ -50,6 +50,7 @@ class CreateJob(msgspec.Struct, frozen=True, kw_only=True):
     priority: Any = None
     rehearsal: Any = None
     receipts: Any = None
+    tensorboard: Any = None
 
 
 def with_changes(request: CreateJob, changes: Mapping[str, Any]) -> CreateJob:
@@ -282,6 +283,19 @@ def check_receipts(receipts: Any) -> str:
             value=quote(receipts),
         )
     return receipts
+
+
+def check_tensorboard(wish: Any) -> bool:
+    """False if absent. Raises InvalidRequest(`invalid_value`)."""
+    if wish is None or isinstance(wish, bool):
+        return bool(wish)
+    raise InvalidRequest(
+        "invalid_value",
+        mark("{field} must be true or false, not {value}."),
+        param="tensorboard",
+        field="tensorboard",
+        value=quote(wish),
+    )
 
 
 def _is_number(value: Any) -> bool:

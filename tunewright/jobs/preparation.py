@@ -105,6 +105,7 @@ class Preparation:
             on_corrupt=self._settings.on_corrupt,
             max_line_bytes=self._settings.max_line_bytes,
             receipts=job.options.get("receipts", "off"),
+            tensorboard=job.options.get("tensorboard", False),
             token_cache=str(self._home.token_cache) if self._settings.token_cache_bytes else None,
             token_cache_bytes=self._settings.token_cache_bytes,
         )

@@ -370,7 +370,10 @@ class JobService:
             tolerance=msgspec.to_builtins(tolerance),
             validation_split=validation_split,
             rehearsal={} if rehearsal is None else {"wanted": rehearsal},
-            options={"receipts": creation.check_receipts(request.receipts)},
+            options={
+                "receipts": creation.check_receipts(request.receipts),
+                "tensorboard": creation.check_tensorboard(request.tensorboard),
+            },
             created_at=wall_s(),
         )
 

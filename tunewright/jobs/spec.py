@@ -11,6 +11,7 @@
       data/train.jsonl ...  the rows, as the server put them
       data/skip.json        RowChoice, if some rows are not used
       checkpoints/step-{n}/ published by one rename, with MANIFEST.json (sha256 of each file)
+      tensorboard/          an event file of each attempt, if the job wants them
       result/               the adapter in PEFT's format, or of training type full a whole model with MANIFEST.json; published
                             by one rename before the `finished` record
 
@@ -28,10 +29,10 @@ COMPUTING = "computing.json"
 """In a work folder: how a training is computed. The training takes over what its rehearsal chose, whose memory was measured."""
 MANIFEST = "MANIFEST.json"
 """Of a result that is a whole model: `files` is name -> sha256 of every other file."""
-
-
 RECEIPTS = "receipts.jsonl"
 """In the work folder once training is done, if the job has any: a jobs/receipts.py RowReceipt on each line."""
+TENSORBOARD = "tensorboard"
+"""In the work folder, if the job wants it: what TensorBoard takes as a log directory."""
 
 
 class EarlyStopping(msgspec.Struct, frozen=True, kw_only=True):
@@ -118,6 +119,8 @@ class TrainingSpec(msgspec.Struct, frozen=True, kw_only=True):
     max_line_bytes: int
     receipts: str = "off"
     """auto (as many rows as take little time), on (every row) or off."""
+    tensorboard: bool = False
+    """Write event files for TensorBoard."""
     token_cache: str | None = None
     """Folder of the tokenised data files (datasets/tokens/packed_cache.py); None keeps none."""
     token_cache_bytes: int = 0

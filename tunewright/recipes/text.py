@@ -9,6 +9,7 @@
 
 import math
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -42,6 +43,7 @@ from tunewright.recipes.evaluation import Progress
 from tunewright.recipes.forecast import Forecast, Workload, row_cost
 from tunewright.recipes.memory import is_out_of_memory
 from tunewright.recipes.receipts import Receipts
+from tunewright.recipes.tensorboard_log import TensorboardLog
 from tunewright.recipes.threads import choose_threads
 from tunewright.rendering.renderer import renderer_of
 
@@ -136,7 +138,8 @@ class Training:
         self.saved_step = progress.step
         self._write_started(progress)
         self.receipts.before(self._losses_before, progress.step)
-        progress = self._loop(progress)
+        with closing(TensorboardLog(self.attempt, progress)) as self.curves:
+            progress = self._loop(progress)
         step = self._choose_step(progress)
         counts = self._write_receipts()
         return Finished(
@@ -381,23 +384,23 @@ class Training:
         return counts
 
     def _write_metrics(self, progress: Progress, remaining_s: float | None) -> None:
-        self.attempt.write(
-            Metrics(
-                step=progress.step,
-                total_steps=self.total_steps,
-                epoch=progress.step / self.steps_per_epoch,
-                loss=progress.loss,
-                accuracy=progress.accuracy,
-                learning_rate=self._learning_rate(progress.step - 1),
-                tokens=progress.tokens,
-                elapsed_s=progress.elapsed_s,
-                remaining_s=remaining_s,
-                eval_loss=progress.eval_loss if progress.evaluated else None,
-                eval_accuracy=progress.eval_accuracy if progress.evaluated else None,
-                reward_margin=progress.margin,
-                eval_reward_margin=progress.eval_margin if progress.evaluated else None,
-            )
+        metrics = Metrics(
+            step=progress.step,
+            total_steps=self.total_steps,
+            epoch=progress.step / self.steps_per_epoch,
+            loss=progress.loss,
+            accuracy=progress.accuracy,
+            learning_rate=self._learning_rate(progress.step - 1),
+            tokens=progress.tokens,
+            elapsed_s=progress.elapsed_s,
+            remaining_s=remaining_s,
+            eval_loss=progress.eval_loss if progress.evaluated else None,
+            eval_accuracy=progress.eval_accuracy if progress.evaluated else None,
+            reward_margin=progress.margin,
+            eval_reward_margin=progress.eval_margin if progress.evaluated else None,
         )
+        self.attempt.write(metrics)
+        self.curves.add(metrics)
 
     # --- save ---
 
