@@ -144,6 +144,20 @@ def test_a_seed_is_made_where_none_is_given(bench: Bench) -> None:
             for split in (0, -0.1, 0.51, True, "0.1", float("nan"))
         ),
         ({"validation_split": 0.1, "validation_file": "x"}, "invalid_request", "invalid_value", "validation_split"),
+        *(
+            (
+                {"hyperparameters": {name: value}},
+                "invalid_request",
+                "validation_rows_required",
+                f"hyperparameters.{name}",
+            )
+            for name, value in (("early_stopping", True), ("early_stopping", {"patience": 2}), ("eval_steps", 5))
+        ),
+        *(
+            ({"tensorboard": wish}, "invalid_request", "invalid_value", "tensorboard")
+            for wish in ("true", 1, [True], {"on": True})
+        ),
+        *(({"receipts": wish}, "invalid_request", "invalid_value", "receipts") for wish in ("some", True, ["on"])),
         ({"request_id": "x" * 129}, "invalid_request", "invalid_value", "request_id"),
         ({"request_id": 5}, "invalid_request", "invalid_value", "request_id"),
     ],
@@ -151,6 +165,13 @@ def test_a_seed_is_made_where_none_is_given(bench: Bench) -> None:
 def test_requests_that_are_refused(bench: Bench, changes: dict[str, Any], kind: str, code: str, param: str) -> None:
     error = refused(bench, **changes)
     assert (error.kind, error.code, error.param) == (kind, code, param)
+
+
+def test_what_needs_validation_rows_takes_them_of_either_origin(bench: Bench) -> None:
+    wanted = {"early_stopping": {"patience": 2}, "eval_steps": 5}
+    split = create(bench, hyperparameters=wanted, validation_split=0.2)
+    other = create(bench, hyperparameters=wanted, validation_file=bench.upload(rows=4))
+    assert split.requested["eval_steps"] == other.requested["eval_steps"] == 5
 
 
 def test_the_limits_of_metadata_and_suffix_are_inside(bench: Bench) -> None:
