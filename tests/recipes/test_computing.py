@@ -1,6 +1,7 @@
 """How a training is computed is measured, chosen, told, kept for the job's life, and can be asked for."""
 
 import json
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,20 @@ def test_precision_on_a_processor_is_the_faster_one(spec: TrainingSpec, tmp_path
     assert precision(full, speeds=FAST_BF16) == "bfloat16"
     told = choose_precision(spec, LLAMA, CPU, lambda hidden, width: FAST_BF16)[1]
     assert told == {"float32_gflop_per_s": 95.0, "bfloat16_gflop_per_s": 210.0}
-    assert set(computing.matmul_speeds(64, 128)) == {"float32", "bfloat16"}
+
+
+def test_speeds_are_those_of_a_machine_that_nobody_disturbs(monkeypatch: pytest.MonkeyPatch) -> None:
+    product = torch.mm
+
+    def interrupted(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        if left.dtype == torch.bfloat16:
+            time.sleep(0.05)
+        return product(left, right)
+
+    monkeypatch.setattr(torch, "mm", interrupted)
+    speeds = computing.matmul_speeds(64, 128)
+    by_the_wall = 2e-9 * 512 * 64 * 128 / 0.05
+    assert set(speeds) == {"float32", "bfloat16"} and min(speeds.values()) > by_the_wall
 
 
 def test_precision_that_is_asked_for(tmp_path: Path, base: Path) -> None:

@@ -15,7 +15,7 @@ import msgspec
 import psutil
 import torch
 
-from tunewright.clock import mono_s
+from tunewright.clock import thread_cpu_s
 from tunewright.files_on_disk import write_atomically
 from tunewright.jobs.memory_estimate import MICRO_BATCH_TOKENS, MemoryPlan, choose_plan, sizes_of
 from tunewright.jobs.spec import COMPUTING, TrainingSpec
@@ -149,7 +149,10 @@ def choose_precision(
 
 
 def matmul_speeds(hidden: int, width: int) -> dict[str, float]:
-    """Name of a precision -> GFLOP/s of a matrix product of a model's sizes, the best of a few rounds in turn (0.2 s)."""
+    """Name of a precision -> GFLOP/s of a matrix product of a model's sizes, the best of a few rounds in turn (0.1 s).
+
+    By the clock of this thread alone: on a busy machine every round may be interrupted, and the faster product look slower.
+    """
     rows = 512
     best: dict[str, float] = {"float32": 0.0, "bfloat16": 0.0}
     operands = {
@@ -161,9 +164,9 @@ def matmul_speeds(hidden: int, width: int) -> dict[str, float]:
     }
     for _ in range(_ROUNDS + 1):  # the first one prepares kernels
         for name, (left, right) in operands.items():
-            began = mono_s()
+            began = thread_cpu_s()
             torch.mm(left, right.t())
-            best[name] = max(best[name], 2e-9 * rows * hidden * width / max(mono_s() - began, 1e-9))
+            best[name] = max(best[name], 2e-9 * rows * hidden * width / max(thread_cpu_s() - began, 1e-9))
     return best
 
 
