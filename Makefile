@@ -31,6 +31,9 @@ test: $(VENV)/.dev            ## All tests but the soaks
 soak: $(VENV)/.dev            ## The long tests
 	$(BIN)/python -m pytest -m soak
 
+bench-train: $(VENV)/.installed  ## Our trainer beside its peers; ARGS="--quick" for less
+	$(BIN)/python benchmarks/bench_train.py $(ARGS)
+
 check: $(VENV)/.dev           ## Lint, format, types and import rules; under a minute
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

@@ -123,11 +123,12 @@ class Bench:
         before = self.ours.setdefault(contender.method, [])
         if contender.kind == "ours" and contender is not OURS_SMALL:
             before.append(speed)
+        checkpoints = {None: "-", False: "no", True: "yes"}[found["checkpointing"]]
         ratio = f"{before[-1] / speed:.2f}" if before else "-"
         gflop = speed * MFLOP_PER_TOKEN[contender.method] / 1000
         print(
             f"| {contender.label} | {speed:.0f} | {found['tokens'] / found['wall_s']:.0f} | {ratio} | {gflop:.0f} "
-            f"| {found['peak_rss_bytes'] / 1e9:.1f} | {found['tokens']} | {found['losses'][-1]:.3f} |",
+            f"| {found['peak_rss_bytes'] / 1e9:.1f} | {checkpoints} | {found['tokens']} | {found['losses'][-1]:.3f} |",
             flush=True,
         )
 
@@ -173,9 +174,10 @@ def table(bench: Bench, chosen: list[Contender]) -> None:
     """Run all at one number of threads; ours again before each peer."""
     print(f"\n{bench.threads} thread(s); GEMM: {json.dumps(bench.gemm())}\n")
     print(
-        "| trainer | tokens per CPU-s | tokens per s | ours is faster by | GFLOP per CPU-s | peak GB | tokens | loss |"
+        "| trainer | tokens per CPU-s | tokens per s | ours is faster by | GFLOP per CPU-s | peak GB "
+        "| checkpoints | tokens | loss |"
     )
-    print("|---|---|---|---|---|---|---|---|", flush=True)
+    print("|---|---|---|---|---|---|---|---|---|", flush=True)
     before = None
     for contender in chosen:
         place = (contender.environment, contender.method)

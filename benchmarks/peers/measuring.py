@@ -50,10 +50,14 @@ def request() -> Request:
 
 @dataclass
 class Meter:
-    """Counts tokens that are not padding, and notes the clocks at the end of every optimizer step."""
+    """Counts tokens that are not padding, and notes the clocks at the end of every optimizer step.
+
+    `checkpointing`: whether a layer of the model said while it trained that it checkpoints; None if nobody looked.
+    """
 
     asked: Request
     tokens: int = 0
+    checkpointing: bool | None = None
     marks: list[tuple[int, float, float]] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
 
@@ -71,6 +75,7 @@ class Meter:
             "wall_s": round(last_wall - first_wall, 3),
             "peak_rss_bytes": peak_rss_bytes(),
             "losses": self.losses,
+            "checkpointing": self.checkpointing,
         }
         print("\n" + json.dumps(figures), flush=True)
 
@@ -97,6 +102,8 @@ def watch(asked: Request) -> Meter:
         mask = inputs.get("attention_mask")
         padded = mask is not None and mask.dim() == 2
         meter.tokens += int((mask != 0).sum()) if padded else inputs["input_ids"].numel()
+        if meter.checkpointing is None:  # what it does, not what it was asked for
+            meter.checkpointing = any(getattr(layer, "gradient_checkpointing", False) for layer in model.modules())
         return train_on(self, model, inputs, *others, **more)
 
     class Notes(TrainerCallback):

@@ -7,16 +7,17 @@ import measuring
 measuring.quiet()
 asked = measuring.request()
 
+# Before all that it patches, or its trainer is plain TRL's.
+import unsloth  # noqa: E402, I001
 import torch  # noqa: E402
 from datasets import Dataset  # noqa: E402
 from trl import SFTConfig, SFTTrainer  # noqa: E402
-from unsloth import FastLanguageModel  # noqa: E402
 from unsloth.chat_templates import train_on_responses_only  # noqa: E402
 
 meter = measuring.watch(asked)
 settings = dict(asked.settings)
 batch = settings.pop("batch", 2)  # as in its notebooks
-model, tokenizer = FastLanguageModel.from_pretrained(
+model, tokenizer = unsloth.FastLanguageModel.from_pretrained(
     asked.base,
     max_seq_length=asked.max_length,
     dtype=getattr(torch, settings.pop("dtype")) if "dtype" in settings else None,
@@ -24,7 +25,7 @@ model, tokenizer = FastLanguageModel.from_pretrained(
     full_finetuning=asked.method == "full",
 )
 if asked.method == "lora":
-    model = FastLanguageModel.get_peft_model(
+    model = unsloth.FastLanguageModel.get_peft_model(
         model,
         r=8,
         lora_alpha=16,
