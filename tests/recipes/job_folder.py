@@ -71,6 +71,7 @@ def write_job(folder: Path, base: Path, rows: list[tuple[str, str]] = ROWS, **ch
         "threads": 1,
         "checkpoint_every_s": 1000.0,
         "max_line_bytes": 2**20,
+        "memory_limit_bytes": 2**40,  # or how it is computed would depend on what is free just now
     }
     for name, value in changes.items():
         (numbers if name in Hyperparameters.__struct_fields__ else fields)[name] = value
