@@ -7,10 +7,11 @@ import msgspec
 import structlog
 
 from tunewright.clock import mono_s, wall_s_after
-from tunewright.errors import Misconfigured, StorageFull, TunewrightError, Unavailable
+from tunewright.errors import TunewrightError, Unavailable
 from tunewright.i18n import mark
-from tunewright.jobs import diagnosis, events, progress, recovery, rehearsals
+from tunewright.jobs import events, progress, recovery, rehearsals
 from tunewright.jobs.errand import Errands
+from tunewright.jobs.failing import Failing
 from tunewright.jobs.journal_reader import Terminal, read_batch
 from tunewright.jobs.last_words import evidence_in, evidence_of, recognise
 from tunewright.jobs.line import Line, gigabytes
@@ -30,7 +31,7 @@ from tunewright.jobs.records import (
     JobEvent,
 )
 from tunewright.jobs.rehearsals import Broken, Rehearsals
-from tunewright.jobs.signatures import PREEMPTED, Signature
+from tunewright.jobs.signatures import PREEMPTED
 from tunewright.jobs.spec import Failed, Finished, Hyperparameters, Stopped
 from tunewright.jobs.trainers import Trainers
 from tunewright.jobs.turns import Turns
@@ -78,6 +79,7 @@ class Moves:
         self._wake = wake
         self._on_end = on_end
         self._line = line
+        self._failing = Failing(storage, preparation, publication, on_end)
         self._turns = Turns(storage, line, trainers, rehearsals, prover)
         self._settled: dict[str, int] = {}
         """Job id -> the attempt of which no process is left and whose whole journal is stored."""
@@ -142,7 +144,7 @@ class Moves:
         self._trainers.kill(job)
         self._rehearsals.kill(job)
         text = mark("An internal error stopped this job. The server's log has the details.")
-        self._fail(job, "internal_error", text, None, {})
+        self._failing.fail(job, "internal_error", text, None, {})
 
     # --- validating -------------------------------------------------------------------------------------------------
 
@@ -162,7 +164,7 @@ class Moves:
         try:
             prepared, reason = errand.result()
         except TunewrightError as error:
-            self._fail_unless_temporary(job, error)
+            self._failing.fail_unless_temporary(job, error)
             return True
         changes: dict[str, Any] = {"hyperparameters": _as_dict(prepared.hyperparameters)}
         if reason is None:
@@ -188,7 +190,7 @@ class Moves:
         try:
             spec = self._line.within_limits(job, self._preparation.spec(msgspec.structs.replace(job, attempt=1)))
         except TunewrightError as error:
-            self._fail_unless_temporary(job, error)
+            self._failing.fail_unless_temporary(job, error)
             return
         self._rehearsals.start(job, spec)
 
@@ -198,7 +200,7 @@ class Moves:
             return
         if isinstance(outcome, Broken):
             failed = outcome.failed
-            self._fail(
+            self._failing.fail(
                 job,
                 failed.code,
                 failed.message,
@@ -244,7 +246,7 @@ class Moves:
         try:
             resources = self._preparation.needs(job, room.most_memory_bytes, room.gpus)
         except TunewrightError as error:
-            self._fail_unless_temporary(job, error)
+            self._failing.fail_unless_temporary(job, error)
             return
         with self._storage.write() as tx:
             tx.jobs.change(job, resources=resources)
@@ -257,7 +259,7 @@ class Moves:
             return False
         text = mark("This job needs {need} GB of memory, and this machine has {most} GB for training.")
         values = {"need": gigabytes(job.resources["memory_bytes"]), "most": gigabytes(most)}
-        self._fail(job, "not_enough_memory", text, None, values)
+        self._failing.fail(job, "not_enough_memory", text, None, values)
         return True
 
     def _start(self, job: Job, passed: list[Job]) -> None:
@@ -265,7 +267,7 @@ class Moves:
             spec = self._preparation.spec(msgspec.structs.replace(job, attempt=job.attempt + 1))
             spec = self._line.within_limits(job, spec)
         except TunewrightError as error:
-            self._fail_unless_temporary(job, error)
+            self._failing.fail_unless_temporary(job, error)
             return
         with self._storage.write() as tx:
             started = tx.jobs.change(
@@ -309,7 +311,9 @@ class Moves:
                 self._wait_for_room(job, terminal)
             elif isinstance(terminal, Failed):
                 evidence = evidence_in(self._trainers.death(job).log)  # how it ended after its last word is none
-                self._fail(job, terminal.code, terminal.message, terminal.param, terminal.values, evidence=evidence)
+                self._failing.fail(
+                    job, terminal.code, terminal.message, terminal.param, terminal.values, evidence=evidence
+                )
             elif isinstance(terminal, Stopped):
                 self._preempted(job, terminal)
         return True
@@ -336,7 +340,9 @@ class Moves:
         )
         log.warning("trainer_died", job=job.id, attempt=job.attempt, cause=signature.name, evidence=evidence)
         if verdict.fatal:
-            self._fail(job, verdict.code, verdict.text, None, verdict.values, signature=signature, evidence=evidence)
+            self._failing.fail(
+                job, verdict.code, verdict.text, None, verdict.values, signature=signature, evidence=evidence
+            )
             return
         self._not_before_s[job.id] = mono_s() + verdict.delay_s
         event = events.message(job, verdict.code, verdict.text, level="warn", **verdict.values)
@@ -367,10 +373,10 @@ class Moves:
         except Unavailable as error:
             if mono_s() - self._proof_since_s.setdefault(job.id, mono_s()) < _PROOF_PATIENCE_S:
                 raise
-            self._fail(job, error.code, error.message, error.param, error.values)
+            self._failing.fail(job, error.code, error.message, error.param, error.values)
             return
         except TunewrightError as error:
-            self._fail_unless_temporary(job, error)
+            self._failing.fail_unless_temporary(job, error)
             return
         if changed is not None:
             log.info("job_succeeded", job=job.id, model=job.tuned_model_name)
@@ -444,47 +450,6 @@ class Moves:
                 tx.jobs.add_events([event])
         self._settled[job.id] = job.attempt
         return True
-
-    def _fail(
-        self,
-        job: Job,
-        code: str,
-        message: str,
-        param: str | None,
-        values: dict[str, Any],
-        *,
-        signature: Signature | None = None,
-        evidence: str = "",
-        rehearsal: dict[str, Any] | None = None,
-    ) -> None:
-        """`signature` is what a trainer died of, `rehearsal` how that stands if it is what failed."""
-        base = self._preparation.known_base(job)
-        error = diagnosis.explain(job, base, code, message, param, values, signature=signature, evidence=evidence)
-        event = events.message(job, "failed", message, level="error")
-        with self._storage.write() as tx:
-            changed = tx.jobs.change(
-                job,
-                status=FAILED,
-                finished_at=wall_s_after(job.created_at, job.running_at),
-                estimated_finish=None,
-                error=error,
-                **({} if rehearsal is None else {"rehearsal": rehearsal}),
-            )
-            if changed is not None:
-                if rehearsal is not None:
-                    text = mark("The dress rehearsal failed, so the job does not go into the queue")
-                    tx.jobs.add_events([events.message(changed, "rehearsal_failed", text, level="error")])
-                tx.jobs.add_events([msgspec.structs.replace(event, code=code, values=error.values)])
-                self._on_end(tx, changed)
-        if changed is not None:
-            log.warning("job_failed", job=job.id, code=code)
-            self._publication.withdraw(job)
-
-    def _fail_unless_temporary(self, job: Job, error: TunewrightError) -> None:
-        """Raises `error` again if waiting may help."""
-        if error.retryable or isinstance(error, StorageFull | Misconfigured):
-            raise error
-        self._fail(job, error.code, error.message, error.param, error.values)
 
     def _say_silent(self, job: Job) -> None:
         text = mark("The trainer gave no sign of life for {seconds} s and was ended")
