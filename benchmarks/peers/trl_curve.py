@@ -27,7 +27,7 @@ from long_tailed_chat import conversations  # noqa: E402
 from tests.tiny_models import tiny_llama  # noqa: E402
 from tunewright.files_on_disk import sha256_of  # noqa: E402
 from tunewright.jobs.spec import Hyperparameters  # noqa: E402
-from tunewright.recipes import adapters, packing, text  # noqa: E402
+from tunewright.recipes import adapters, base_model, packing, schedule  # noqa: E402
 from tunewright.rendering.renderer import Renderer  # noqa: E402
 
 STEPS = 20
@@ -43,7 +43,7 @@ def short_rows(path: Path, n_rows: int) -> Path:
 
 def initial_adapter(folder: Path, base: Path, wanted: Hyperparameters) -> None:
     """Write an adapter whose B is random too, so that every gradient counts from the first step on."""
-    model = text.load_model(base, torch.float32)
+    model = base_model.load_model(base, torch.float32)
     targets = adapters.linear_names(model)
     adapters.add_lora(model, rank=wanted.lora_rank, alpha=wanted.lora_alpha, targets=targets, seed=SEED)
     parameters = adapters.adapter_parameters(model)
@@ -74,7 +74,7 @@ def batches(data: Path, base: Path, wanted: Hyperparameters) -> dict[str, Any]:
         made.append(
             {"input_ids": tokens, "labels": [t if label else -100 for t, label in zip(tokens, trained, strict=True)]}
         )
-    rates = [text.learning_rate(wanted.learning_rate, step, STEPS, wanted.warmup_ratio) for step in range(STEPS)]
+    rates = [schedule.learning_rate(wanted.learning_rate, step, STEPS, wanted.warmup_ratio) for step in range(STEPS)]
     return {"rows": made, "rates": rates, "rows_per_step": wanted.batch_size}
 
 

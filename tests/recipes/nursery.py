@@ -115,7 +115,7 @@ def _warm(folder: str) -> None:
     """Have what the libraries make when a first model is loaded: a second of processor time for each trainer else."""
     import torch
 
-    from tunewright.recipes.text import load_model
+    from tunewright.recipes.base_model import load_model
 
     base = json.loads((Path(folder) / "spec.json").read_bytes())["base_path"]
     load_model(Path(base), torch.float32)

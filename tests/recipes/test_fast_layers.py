@@ -19,7 +19,7 @@ from tunewright.recipes import (
     full_weights,
     packing,
 )
-from tunewright.recipes.text import load_model
+from tunewright.recipes.base_model import load_model
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from tests.recipes.job_folder import ROWS, write_rows
 from tests.recipes.test_packing import read
 from tunewright.errors import InvalidRequest
 from tunewright.recipes import adapters, flattened, packing
-from tunewright.recipes.text import load_model
+from tunewright.recipes.base_model import load_model
 
 CPU = torch.device("cpu")
 

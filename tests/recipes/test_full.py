@@ -19,7 +19,7 @@ from tunewright.files_on_disk import sha256_of
 from tunewright.jobs.spec import Started, Stopped
 from tunewright.models.artifact import inspect_model_folder
 from tunewright.recipes import flattened, full_weights, packing
-from tunewright.recipes.text import load_model
+from tunewright.recipes.base_model import load_model
 
 FULL: dict[str, Any] = {"training_type": "full", "learning_rate": 2e-3}
 

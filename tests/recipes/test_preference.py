@@ -15,7 +15,7 @@ from tests.recipes.job_folder import ROWS, codes, losses, metrics, next_attempt,
 from tests.recipes.test_text import failed, finished, peft_model
 from tunewright.files_on_disk import sha256_of
 from tunewright.jobs.spec import Checkpoint, JournalRecord, Started, Stopped, TrainingSpec
-from tunewright.recipes import adapters, flattened, packing, preference, text
+from tunewright.recipes import adapters, flattened, packing, preference, schedule
 from tunewright.rendering.renderer import renderer_of
 
 PAIRS = [(question, answer, answer + " or not") for question, answer in ROWS]
@@ -105,7 +105,7 @@ def plain_dpo(spec: TrainingSpec, base: Path) -> tuple[list[tuple[float, float, 
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         for group in optimizer.param_groups:
-            group["lr"] = text.learning_rate(wanted.learning_rate, step, total, wanted.warmup_ratio)
+            group["lr"] = schedule.learning_rate(wanted.learning_rate, step, total, wanted.warmup_ratio)
         optimizer.step()
         right = (margins > 0).double().mean()
         found.append((loss.item(), right.item(), margins.mean().item()))

@@ -15,6 +15,7 @@ from tunewright.files_on_disk import sha256_of
 from tunewright.jobs.memory_estimate import MICRO_BATCH_TOKENS
 from tunewright.jobs.spec import JournalRecord, Rehearsed, TrainingSpec
 from tunewright.recipes import flattened, nastiest, packing, rehearsal, text
+from tunewright.recipes.evaluation import Progress
 from tunewright.rendering.renderer import renderer_of
 
 
@@ -228,7 +229,7 @@ def test_a_disk_without_room_is_told(tmp_path: Path, base: Path, monkeypatch: py
 def test_a_checkpoint_that_is_not_read_back_as_it_was_is_told(
     tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def spoiled(trial: rehearsal.Trial) -> text.Progress:
+    def spoiled(trial: rehearsal.Trial) -> Progress:
         progress = text.Training._resume(trial)
         with torch.no_grad():
             next(iter(trial.parameters.values())).view(-1)[0].add_(1e-3)

@@ -40,8 +40,9 @@ from tunewright.jobs.spec import (
     Started,
     Stopped,
 )
-from tunewright.recipes import adapters, checkpoints, divergence, flattened, saving, text
+from tunewright.recipes import adapters, base_model, checkpoints, divergence, flattened, saving, schedule
 from tunewright.recipes.evaluation import Progress
+from tunewright.recipes.memory import is_out_of_memory
 
 
 def finished(found: list[JournalRecord]) -> Finished:
@@ -97,8 +98,8 @@ def test_peft_loads_the_result_and_gives_the_same_logits(
     tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[Any] = []
-    load = text.load_model
-    monkeypatch.setattr(text, "load_model", lambda *given: made.append(load(*given)) or made[-1])
+    load = base_model.load_model
+    monkeypatch.setattr(base_model, "load_model", lambda *given: made.append(load(*given)) or made[-1])
     spec = write_job(tmp_path / "job", base, n_epochs=10)
     last = finished(train_here(spec))
     result = tmp_path / "job" / "result"
@@ -431,21 +432,21 @@ def test_an_unknown_method_is_refused(tmp_path: Path, base: Path) -> None:
 
 
 def test_learning_rate_goes_up_and_then_down_to_a_tenth() -> None:
-    rates = [text.learning_rate(1.0, step, 100, 0.1) for step in range(100)]
+    rates = [schedule.learning_rate(1.0, step, 100, 0.1) for step in range(100)]
     assert rates[0] == pytest.approx(0.1)
     assert rates[9] == rates[10] == 1.0
     assert rates[-1] == pytest.approx(0.1)
     assert all(later <= earlier for earlier, later in pairwise(rates[10:]))
-    assert text.learning_rate(1.0, 0, 1, 0.05) == 1.0
+    assert schedule.learning_rate(1.0, 0, 1, 0.05) == 1.0
 
 
 def test_what_counts_as_out_of_memory() -> None:
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**48)
-    assert text.is_out_of_memory(caught.value)
-    assert text.is_out_of_memory(MemoryError())
-    assert text.is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
-    assert text.is_out_of_memory(OSError(12, "Cannot allocate memory"))
-    assert text.is_out_of_memory(RuntimeError("unable to mmap 540 bytes: Cannot allocate memory (12)"))
-    assert text.is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"))
-    assert not text.is_out_of_memory(RuntimeError("shape mismatch"))
+    assert is_out_of_memory(caught.value)
+    assert is_out_of_memory(MemoryError())
+    assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
+    assert is_out_of_memory(OSError(12, "Cannot allocate memory"))
+    assert is_out_of_memory(RuntimeError("unable to mmap 540 bytes: Cannot allocate memory (12)"))
+    assert is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"))
+    assert not is_out_of_memory(RuntimeError("shape mismatch"))

@@ -62,3 +62,10 @@ def judged(progress: Progress, stopping: EarlyStopping | None) -> Progress:
 def is_enough(progress: Progress, stopping: EarlyStopping | None) -> bool:
     """Whether early stopping ends the training here."""
     return stopping is not None and progress.stale >= stopping.patience
+
+
+def of_validation(measured: dict[str, float | None], progress: Progress) -> dict[str, float | None]:
+    """Names of the OpenAI API for what was measured at this very step; there is one evaluation, over all rows."""
+    if not progress.evaluated:
+        return {}
+    return {f"{prefix}_{name}": value for prefix in ("valid", "full_valid") for name, value in measured.items()}

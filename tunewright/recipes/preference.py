@@ -22,9 +22,10 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional
 
 from tunewright.jobs.spec import Finished
-from tunewright.recipes import flattened, packing, text
+from tunewright.recipes import evaluation, flattened, packing, text
 from tunewright.recipes.attempt import Attempt
 from tunewright.recipes.evaluation import Progress
+from tunewright.recipes.memory import explaining_memory
 
 REFERENCE = "reference.safetensors"
 """A checkpoint's file of what the model before said: `train` and perhaps `validation`, float64 (rows,)."""
@@ -48,7 +49,7 @@ class _Sums:
 
 def train(attempt: Attempt) -> Finished:
     """Train what the attempt's spec asks for; when this returns, `result/` is complete. Raises what `text.train` raises."""
-    return text.explaining_memory(attempt, lambda: PreferenceTraining(attempt).run())
+    return explaining_memory(attempt, lambda: PreferenceTraining(attempt).run())
 
 
 class PreferenceTraining(text.Training):
@@ -166,4 +167,4 @@ class PreferenceTraining(text.Training):
             "train_loss": progress.loss,
             "train_reward_accuracy": progress.accuracy,
             "train_reward_margin": progress.margin,
-        } | text.of_validation(validation, progress)
+        } | evaluation.of_validation(validation, progress)

@@ -28,9 +28,10 @@ from tunewright.jobs.memory_estimate import MICRO_BATCH_TOKENS
 from tunewright.jobs.spec import Rehearsed, TrainingSpec
 from tunewright.recipes import checkpoints, flattened, job_rows, nastiest, packing, text
 from tunewright.recipes.attempt import Attempt
+from tunewright.recipes.evaluation import Progress
 from tunewright.recipes.forecast import Forecast, RowCost, Workload, pieces_per_step, row_cost
+from tunewright.recipes.memory import explaining_memory
 from tunewright.recipes.preference import PreferenceTraining
-from tunewright.recipes.text import Progress
 from tunewright.rendering.renderer import renderer_of
 
 ROWS_PER_STEP = 4
@@ -67,7 +68,7 @@ def rehearse(attempt: Attempt) -> Rehearsed:
 
     Raises what `text.train` raises, and InvalidRequest(`insufficient_storage`, `checkpoint_not_restored`).
     """
-    return text.explaining_memory(attempt, partial(_rehearse, attempt))
+    return explaining_memory(attempt, partial(_rehearse, attempt))
 
 
 def plan_of(nasty: list[int], lengths: np.ndarray, batch_size: int, token_budget: int) -> Plan:

@@ -17,7 +17,6 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-import transformers
 from safetensors import SafetensorError
 
 from tunewright.clock import mono_s
@@ -26,29 +25,27 @@ from tunewright.i18n import mark
 from tunewright.jobs.spec import Checkpoint, Finished, Metrics, ReceiptCounts, Started
 from tunewright.recipes import (
     adapters,
+    base_model,
     checkpoints,
     computing,
     divergence,
     evaluation,
-    fast_layers,
     flattened,
     full_weights,
     job_rows,
     packing,
     saving,
+    schedule,
 )
-from tunewright.recipes.adapters import Lora
 from tunewright.recipes.attempt import Attempt, StopRequested
 from tunewright.recipes.evaluation import Progress
 from tunewright.recipes.forecast import Forecast, Workload, row_cost
-from tunewright.recipes.memory import is_out_of_memory
+from tunewright.recipes.memory import explaining_memory, is_out_of_memory
 from tunewright.recipes.receipts import Receipts
 from tunewright.recipes.tensorboard_log import TensorboardLog
 from tunewright.recipes.threads import choose_threads
 from tunewright.rendering.renderer import renderer_of
 
-FINAL_LEARNING_RATE = 0.1
-"""Part of the peak learning rate at which the cosine ends."""
 CLIP_NORM = 1.0
 _Done = TypeVar("_Done")
 
@@ -62,26 +59,6 @@ def train(attempt: Attempt) -> Finished:
     `invalid_artifact`, `artifact_integrity`.
     """
     return explaining_memory(attempt, lambda: Training(attempt).run())
-
-
-def explaining_memory(attempt: Attempt, work: Callable[[], _Done]) -> _Done:
-    """What `work` returns. Raises what it raises, and InvalidRequest(`out_of_memory`) when memory was not enough."""
-    try:
-        return work()
-    except (MemoryError, RuntimeError, OSError) as error:
-        if not is_out_of_memory(error):
-            raise
-        wanted = attempt.spec.hyperparameters
-        raise InvalidRequest(
-            "out_of_memory",
-            mark(
-                "Memory was not enough to train with batch_size {batch_size} and rows of up to {max_length} tokens. "
-                "Shorten the longest rows, lower batch_size, or choose a smaller base model."
-            ),
-            param="hyperparameters.batch_size",
-            batch_size=wanted.batch_size,
-            max_length=wanted.max_length,
-        ) from error
 
 
 class Training:
@@ -113,12 +90,12 @@ class Training:
         full = self.spec.training_type == "full"
         dtype = torch.float32 if full else self.computing.dtype  # in bf16 small updates of large weights are lost
         self.device = torch.device(self.computing.device)
-        self.model = load_model(Path(self.spec.base_path), dtype, self.computing.attention).to(self.device)
+        self.model = base_model.load_model(Path(self.spec.base_path), dtype, self.computing.attention).to(self.device)
         attempt.go_on()
-        self.lora = None if full else self._add_adapter()
+        self.lora = None if full else base_model.add_adapter(attempt, self.model)
         self.parameters = full_weights.train_all(self.model) if full else adapters.adapter_parameters(self.model)
-        self.by_hand = self._speed_up()
-        self._prove_flattening()
+        self.by_hand = base_model.speed_up(self.model, self.computing)
+        base_model.prove_flattening(self.model, self.rows, self.computing)
         if full:
             full_weights.require_room(attempt.folder, self.parameters, evaluated=self.validation is not None)
         self.optimizer = torch.optim.AdamW(
@@ -163,55 +140,6 @@ class Training:
         rows = [self.rows] if self.validation is None else [self.rows, self.validation]
         return max(int(some.lengths.reshape(-1, self.sides).sum(1).max()) for some in rows)
 
-    # --- model ---
-
-    def _speed_up(self) -> bool:
-        """Whether the layers are computed by hand from now on."""
-        checkpointing = self.computing.activation_checkpointing
-        if self.device.type == "cpu" and fast_layers.speed_up(
-            self.model, self.computing.dtype, checkpointing=checkpointing
-        ):
-            return True
-        if checkpointing:
-            flattened.checkpoint_layers(self.model)
-        return False
-
-    def _prove_flattening(self) -> None:
-        lengths = self.rows.lengths
-        shortest = [int(row) for row in np.argsort(lengths, kind="stable")[:2]]
-        pair = [shortest[0], shortest[-1]]  # a single row is laid beside itself
-        flattened.prove_flattening(
-            self.model,
-            [packing.flatten(self.rows, [row]) for row in pair],
-            packing.flatten(self.rows, pair),
-            self.device,
-            tolerance=1e-3 if self.computing.precision == "float32" else 5e-2,
-        )
-
-    def _add_adapter(self) -> Lora:
-        """A fresh adapter, or the one to continue from with the rank and alpha that it has."""
-        lora = Lora(self.wanted.lora_rank, self.wanted.lora_alpha, adapters.linear_names(self.model))
-        tensors = None
-        if self.spec.start_adapter_path is not None:
-            found = adapters.read_adapter(
-                Path(self.spec.start_adapter_path), self.spec.base_code, self.spec.start_adapter_sha256
-            )
-            lora, tensors = Lora(*found[:3]), found[3]
-            if (lora.rank, lora.alpha) != (self.wanted.lora_rank, self.wanted.lora_alpha):
-                self.attempt.note(
-                    "rank_of_start_model",
-                    mark("The model to continue from has rank {rank} and alpha {alpha}; they stay."),
-                    level="info",
-                    rank=lora.rank,
-                    alpha=lora.alpha,
-                )
-        if not lora.targets:
-            raise flattened.unsupported(self.model)
-        adapters.add_lora(self.model, rank=lora.rank, alpha=lora.alpha, targets=lora.targets, seed=self.spec.seed)
-        if tensors is not None:
-            adapters.load_adapter(adapters.adapter_parameters(self.model), tensors)
-        return lora
-
     def _write_started(self, progress: Progress) -> None:
         rows = self.rows
         self.attempt.write(
@@ -241,7 +169,7 @@ class Training:
             "trained_parameters": sum(parameter.numel() for parameter in self.parameters.values()),
             "lora": None if self.lora is None else asdict(self.lora),
             "optimizer": "AdamW, betas 0.9 and 0.999",
-            "schedule": f"warm-up, then cosine to {FINAL_LEARNING_RATE} of the peak",
+            "schedule": f"warm-up, then cosine to {schedule.FINAL_LEARNING_RATE} of the peak",
         }
 
     # --- loop ---
@@ -349,7 +277,7 @@ class Training:
         self.optimizer.step()
 
     def _learning_rate(self, steps_done: int) -> float:
-        return learning_rate(self.wanted.learning_rate, steps_done, self.total_steps, self.wanted.warmup_ratio)
+        return schedule.learning_rate(self.wanted.learning_rate, steps_done, self.total_steps, self.wanted.warmup_ratio)
 
     def _evaluate(self, progress: Progress, rows: packing.Rows) -> Progress:
         """Mean loss and accuracy over all labels of the validation rows."""
@@ -458,7 +386,7 @@ class Training:
             "step": progress.step,
             "train_loss": progress.loss,
             "train_mean_token_accuracy": progress.accuracy,
-        } | of_validation(validation, progress)
+        } | evaluation.of_validation(validation, progress)
 
     def _write_more(self, folder: Path) -> None:
         """What else a method keeps in its checkpoints."""
@@ -551,41 +479,3 @@ class Training:
             step=step,
             multiplier=self.wanted.learning_rate_multiplier,
         )
-
-
-def of_validation(measured: dict[str, float | None], progress: Progress) -> dict[str, float | None]:
-    """Names of the OpenAI API for what was measured at this very step; there is one evaluation, over all rows."""
-    if not progress.evaluated:
-        return {}
-    return {f"{prefix}_{name}": value for prefix in ("valid", "full_valid") for name, value in measured.items()}
-
-
-def load_model(folder: Path, dtype: torch.dtype, attention: str = computing.PER_CONVERSATION) -> Any:
-    """The base model, dropout off, from local safetensors and transformers' own code only.
-
-    Raises InvalidRequest(`base_model_unsupported`).
-    """
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            folder,
-            local_files_only=True,
-            trust_remote_code=False,
-            use_safetensors=True,
-            dtype=dtype,
-            attn_implementation=flattened.IMPLEMENTATIONS[attention],
-        )
-    except (ValueError, KeyError) as error:
-        message = mark("The base model in this folder is of an architecture that can't be trained by this release.")
-        raise InvalidRequest("base_model_unsupported", message, param="model") from error
-    return model.eval()
-
-
-def learning_rate(peak: float, steps_done: int, total_steps: int, warmup_ratio: float) -> float:
-    """Rate of the step that follows `steps_done`: up in a line over the warm-up, then a cosine to a tenth of the peak."""
-    warmup = math.ceil(total_steps * warmup_ratio)
-    if steps_done < warmup:
-        return peak * (steps_done + 1) / warmup
-    way = (steps_done - warmup) / max(1, total_steps - warmup - 1)
-    return peak * (FINAL_LEARNING_RATE + (1 - FINAL_LEARNING_RATE) * (1 + math.cos(math.pi * min(1.0, way))) / 2)
