@@ -9,7 +9,7 @@ Shapes: T tokens, H heads, K key-value heads, G heads of each (H = K * G), D hea
 import torch
 
 _QUERIES_AT_ONCE = 192
-"""Rows of a block, per head: fewer waste less above the diagonal, more keep a matrix product busy (measured)."""
+"""Rows of a block, per head: fewer waste less above the diagonal, more keep a matrix product busy."""
 
 Probabilities = list[torch.Tensor]
 """Of each block of each conversation: (K, G * queries, keys)."""
