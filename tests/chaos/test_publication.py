@@ -12,7 +12,7 @@ import pytest
 
 from tests.job_bench import PROJECT, Bench
 from tunewright.errors import Unavailable
-from tunewright.jobs import moves
+from tunewright.jobs import moves, recovery
 from tunewright.jobs.records import CANCELLED, FAILED, QUEUED, RUNNING, SUCCEEDED
 
 REPOSITORY = Path(__file__).parents[2]
@@ -71,7 +71,7 @@ def test_a_folder_that_a_cancel_left_is_swept_and_nothing_else(bench: Bench) -> 
 
 
 def test_r42_a_job_that_found_the_disk_full_goes_on_by_itself(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(moves, "_ROOM_DELAY_S", 0.3)
+    monkeypatch.setattr(recovery, "ROOM_DELAY_S", 0.3)
     job = bench.create(fail="insufficient_storage", fails=4)
     bench.until(lambda: "insufficient_storage" in bench.codes(job.id))
     assert bench.job(job.id).status == QUEUED

@@ -1,6 +1,7 @@
 """The forecast of a training's time, on synthetic machines and on a run that was recorded."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,8 @@ def test_what_comes_besides_steps_counts() -> None:
     forecast.evaluation(4.0)
     forecast.save(0.5)
     assert forecast.remaining_s(left) == pytest.approx(18.0 + (3 + 1.8 + 1) * 0.5)
+    looking = replace(left, look_units=40.0)
+    assert forecast.remaining_s(looking) == pytest.approx(18.0 + 0.5 * 4.0 + (3 + 1.8 + 1) * 0.5)
 
 
 def test_the_first_step_counts_only_until_there_is_a_second() -> None:
@@ -115,7 +118,7 @@ def test_a_machine_that_slows_down_is_believed() -> None:
 
 def test_what_is_left_is_exact_wherever_a_training_goes_on(base: Path, tmp_path: Path) -> None:
     rows = long_tailed(10, 1)
-    spec = spec_of(base, tmp_path / "job", n_epochs=2, batch_size=4, eval_steps=2)
+    spec = spec_of(base, tmp_path / "job", n_epochs=2, batch_size=4, eval_steps=2, receipts="auto")
     work = Workload(spec, rows, rows, RowCost())
     left = work.left(4, 1.5)
     order = packing.epoch_order(10, spec.seed, 1)
@@ -123,6 +126,8 @@ def test_what_is_left_is_exact_wherever_a_training_goes_on(base: Path, tmp_path:
     assert (left.pieces, left.evaluations, left.saves) == (3.0, 1, 1)  # due after steps 2, 3, 4 and 6
     assert work.left(0, 1.0).units == 2 * rows.n_tokens
     assert work.left(6, 1.0).units == 0
+    assert work.left(0, 1.0).look_units == 2 * rows.n_tokens  # receipts of all rows, before and after
+    assert work.left(6, 1.0).look_units == rows.n_tokens
     assert pieces_per_step(rows, 1, 7, 1024) == 1.0
 
 

@@ -15,13 +15,14 @@ import numpy as np
 
 from tunewright.jobs.memory_estimate import sizes_of
 from tunewright.jobs.spec import TrainingSpec
-from tunewright.recipes import packing
+from tunewright.recipes import packing, receipts
 from tunewright.recipes.packing import Rows
 
 FORWARD_SHARE = 0.5
 """Part of a step's time that the same rows take without a backward pass, until it is measured."""
 _ATTENTION_COST = 2.0
-"""Multiply-adds of attention take so many times as long as those of the large matrix products (measured on CPUs)."""
+"""Multiply-adds of attention take so many times as long as those of the large matrix products by a guess; what is fitted
+to the steps corrects it."""
 _MEMORY_STEPS = 50.0
 """A step counts half as much as one that came 35 steps later."""
 _SAMPLED_STEPS = 100
@@ -61,7 +62,8 @@ def pieces_per_step(rows: Rows, batch_size: int, seed: int, token_budget: int) -
 
 @dataclass(frozen=True)
 class Remaining:
-    """What is left to do. `evaluation_units` are those of one evaluation, `saves` the checkpoints at fixed places."""
+    """What is left to do. `evaluation_units` are those of one evaluation, `saves` the checkpoints at fixed places, `look_units`
+    those of the looks at rows for their receipts that are still to come."""
 
     units: float
     pieces: float
@@ -69,6 +71,7 @@ class Remaining:
     evaluation_units: float = 0.0
     saves: int = 0
     save_every_s: float = math.inf
+    look_units: float = 0.0
 
 
 class Workload:
@@ -77,6 +80,7 @@ class Workload:
     def __init__(self, spec: TrainingSpec, rows: Rows, validation: Rows | None, cost: RowCost) -> None:
         self._spec, self._wanted = spec, spec.hyperparameters
         self._units = cost.of(rows)
+        self._look_units = float(self._units[receipts.choose(rows, spec)].sum())
         self._evaluation_units = 0.0 if validation is None else float(cost.of(validation).sum())
         self.steps_per_epoch = math.ceil(rows.n_examples / self._wanted.batch_size)
         self.total_steps = self.steps_per_epoch * self._wanted.n_epochs
@@ -92,7 +96,8 @@ class Workload:
         return float(self._units[chosen].sum())
 
     def left(self, step: int, pieces_per_step: float) -> Remaining:
-        """After `step` steps; `pieces_per_step` are the micro-batches of one on average."""
+        """After `step` steps; `pieces_per_step` are the micro-batches of one on average. Before the first step both looks at rows
+        are still to come, then the one at the end."""
         epoch, place = divmod(step, self.steps_per_epoch)
         units = float(self._units.sum()) * (self._wanted.n_epochs - epoch)
         if place:
@@ -104,6 +109,7 @@ class Workload:
             evaluation_units=self._evaluation_units,
             saves=self._wanted.n_epochs - epoch,
             save_every_s=self._spec.checkpoint_every_s,
+            look_units=self._look_units * (2 if step == 0 else 1),
         )
 
     def _units_in_order(self, epoch: int) -> np.ndarray:
@@ -163,9 +169,10 @@ class Forecast:
         evaluation_s = self._evaluation_s
         if evaluation_s is None:
             evaluation_s = FORWARD_SHARE * (self.seconds(left.evaluation_units, 0) or 0.0)
+        look_s = FORWARD_SHARE * (self.seconds(left.look_units, 0) or 0.0)
         working_s = steps_s + left.evaluations * evaluation_s
         saves = left.saves + working_s / left.save_every_s + 1  # to publish the result is one save more
-        return working_s + saves * self._save_s
+        return working_s + look_s + saves * self._save_s
 
     def _clear(self) -> None:
         self._sums = np.zeros(4)
