@@ -1,5 +1,6 @@
 """Layers computed by hand give the loss and every gradient of the plain modules."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,13 @@ def trained(model: Any, training_type: str) -> Any:
         return with_adapter(model)
     full_weights.train_all(model)
     return model
+
+
+def test_nothing_lies_in_the_mapped_file_of_the_base_any_more(tmp_path: Path, base: Path) -> None:
+    own = shutil.copytree(base, tmp_path / "own")
+    model = with_adapter(load_model(own, torch.float32))
+    assert fast_layers.speed_up(model, torch.float32, checkpointing=False)
+    assert str(own) not in Path("/proc/self/maps").read_text("ascii", "replace")
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

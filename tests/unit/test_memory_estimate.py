@@ -103,7 +103,15 @@ def test_what_is_no_decoder_is_refused() -> None:
         sizes_of({"hidden_size": 8})
 
 
-@pytest.mark.parametrize(("precision", "measured_gb"), [("float32", 2.65), ("bfloat16", 1.95)])
-def test_the_estimate_of_the_starter_is_near_what_was_measured(precision: str, measured_gb: float) -> None:
-    """Peaks of long-tailed chat, LoRA of rank 8, the longest row of 999 tokens, without checkpointing."""
-    assert of(precision=precision, longest_row=999).total / 1e9 == pytest.approx(measured_gb, rel=0.15)
+@pytest.mark.parametrize(
+    ("how", "measured_gb"),
+    [
+        ({"precision": "float32"}, 2.75),
+        ({"precision": "bfloat16"}, 2.20),
+        ({"precision": "bfloat16", "activation_checkpointing": True}, 1.48),
+    ],
+    ids=lambda value: " ".join(map(str, value.values())) if isinstance(value, dict) else "",
+)
+def test_the_estimate_of_the_starter_is_near_what_was_measured(how: dict[str, Any], measured_gb: float) -> None:
+    """Peaks of long-tailed chat, LoRA of rank 8, the longest row of 999 tokens; none was part of a fit."""
+    assert of(**how, longest_row=999).total / 1e9 == pytest.approx(measured_gb, rel=0.15)

@@ -27,9 +27,22 @@ def speed_up(model: Any, dtype: torch.dtype, *, checkpointing: bool) -> bool:
     """
     if not _understood(model):
         return False
+    _leave_the_file(model)
     for layer in model.base_model.layers:
         layer.forward = partial(_forward, layer.forward, FastLayer(layer, model.config, dtype, checkpointing))
     return True
+
+
+def _leave_the_file(model: Any) -> None:
+    """Copy what is not merged, and so copied, anyway: one weight that lies in the base's mapped file keeps all of it mapped."""
+    merged = {
+        id(getattr(linear, "base_layer", linear).weight)
+        for layer in model.base_model.layers
+        for linear in _linears(layer)
+    }
+    for parameter in model.parameters():
+        if id(parameter) not in merged:
+            parameter.data = parameter.data.clone()
 
 
 def computed_in(model: Any) -> torch.dtype:
