@@ -93,6 +93,10 @@ def test_the_fastest_way_that_fits_is_taken() -> None:
     assert plan(0, micro_batch_tokens=2048).micro_batch_tokens == 2048
 
 
+def test_the_estimate_of_plain_layers_is_near_what_was_measured() -> None:
+    assert of(STARTER | {"model_type": "other"}, longest_row=999).total / 1e9 == pytest.approx(4.41, rel=0.15)
+
+
 def test_it_needs_no_torch() -> None:
     code = "import sys, tunewright.jobs.memory_estimate; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
