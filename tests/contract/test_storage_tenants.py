@@ -126,6 +126,7 @@ def reads(project_id: str, rows: Rows) -> dict[tuple[str, str], list[Callable[[T
         ("jobs", "count"): [lambda tx: tx.jobs.count(p, frozenset({"queued"}))],
         ("jobs", "using_file"): [lambda tx: tx.jobs.using_file(p, rows.file.id)],
         ("jobs", "list_events"): [lambda tx: tx.jobs.list_events(p, j, after=None, limit=9)],
+        ("jobs", "has_event"): [lambda tx: tx.jobs.has_event(p, j, rows.events[0].code)],
         ("jobs", "events_since"): [lambda tx: tx.jobs.events_since(p, j, after_id=rows.events[0].id, limit=9)],
         ("jobs", "list_checkpoints"): [lambda tx: tx.jobs.list_checkpoints(p, j, after=None, limit=9)],
         ("jobs", "find_checkpoint"): [lambda tx: tx.jobs.find_checkpoint(p, j, 1)],
