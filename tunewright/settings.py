@@ -1,6 +1,5 @@
 """Every setting, from `TUNEWRIGHT_*` environment variables or the command line. The only reader of the environment."""
 
-import os
 from pathlib import Path
 from typing import Literal
 
@@ -134,20 +133,3 @@ class HomeFolder:
                 path=self.root,
                 reason=error.strerror or "?",
             ) from error
-
-
-_WORKER_VARIABLES = (
-    "PATH", "HOME", "LANG", "LC_ALL", "TZ", "TMPDIR",
-    "PYTHONPATH", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES",
-)  # fmt: skip
-
-
-def worker_environment() -> dict[str, str]:
-    """The whole environment of a worker process: an allow-list, so that no database URL and no key gets there."""
-    kept = {name: os.environ[name] for name in _WORKER_VARIABLES if name in os.environ}
-    return kept | {
-        "PYTHONUNBUFFERED": "1",
-        "HF_HUB_OFFLINE": "1",
-        "TRANSFORMERS_OFFLINE": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-    }

@@ -20,7 +20,7 @@ from tunewright.datasets.splitting import split
 from tunewright.datasets.uploads import Watch
 from tunewright.errors import InvalidRequest, StorageFull, Unavailable
 from tunewright.i18n import mark
-from tunewright.settings import worker_environment
+from tunewright.worker_environment import worker_environment
 
 CHILD_FROM_BYTES = 4 << 20
 _LOOK_EVERY_S = 0.5

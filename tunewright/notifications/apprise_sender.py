@@ -13,7 +13,7 @@ from tunewright.errors import InvalidRequest, Unavailable
 from tunewright.i18n import mark
 from tunewright.notifications.apprise_process import SCHEMAS, SEND_LIMIT_S, Answer, Order
 from tunewright.notifications.records import Outcome
-from tunewright.settings import worker_environment
+from tunewright.worker_environment import worker_environment
 
 MAX_URL_LENGTH = 2048
 MOST_RECIPIENTS = 10

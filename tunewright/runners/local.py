@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from tunewright.settings import worker_environment
+from tunewright.worker_environment import worker_environment
 
 _PROC = Path("/proc")
 _CHILDREN_REMEMBERED = 64

@@ -21,6 +21,7 @@ from tunewright.datasets.checking.scan import MAX_ROWS, Depth, Limits, Scan, agr
 from tunewright.datasets.checking.statistics import Statistics
 from tunewright.datasets.lines import line_starts
 from tunewright.datasets.report import MAX_WRITTEN, Report, Reporter, Tally
+from tunewright.worker_environment import worker_environment
 
 PROBLEMS, NUMBERS, FOUND = "problems-{}.jsonl", "numbers", "found.json"
 PIECE_BYTES = 8 << 20
@@ -241,8 +242,6 @@ def run(orders: list[Order], progress: Callable[[int], None] | None, own: Order 
     `own` are pieces that this process scans meanwhile. `progress` is told the sum of the bytes that all are done with.
     Whatever ends this call ends the processes.
     """
-    from tunewright.settings import worker_environment  # the processes load this file too, and would wait for pydantic
-
     children: list[subprocess.Popen[bytes]] = []
     news = _News(len(orders) + 1)
     try:

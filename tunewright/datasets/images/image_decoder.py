@@ -13,7 +13,7 @@ from tunewright.clock import mono_s
 from tunewright.datasets.images.image_records import Decoded, Order
 from tunewright.errors import Unavailable
 from tunewright.i18n import mark
-from tunewright.settings import worker_environment
+from tunewright.worker_environment import worker_environment
 
 IMAGE_LIMIT_S = 10.0
 _START_LIMIT_S = 60.0

@@ -27,7 +27,7 @@ from tunewright.datasets.lines import line_starts
 from tunewright.datasets.tokens.token_part import REFUSED, Done, Order, Refused, write_part
 from tunewright.errors import Unavailable
 from tunewright.i18n import mark
-from tunewright.settings import worker_environment
+from tunewright.worker_environment import worker_environment
 
 FORMAT = 1
 LEAST_PART_BYTES = 2 << 20

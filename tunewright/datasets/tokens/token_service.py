@@ -26,7 +26,8 @@ from tunewright.errors import InvalidRequest, NotFound, StorageFull, TunewrightE
 from tunewright.files_on_disk import write_atomically
 from tunewright.i18n import mark
 from tunewright.rendering.renderer import renderer_of
-from tunewright.settings import HomeFolder, Settings, worker_environment
+from tunewright.settings import HomeFolder, Settings
+from tunewright.worker_environment import worker_environment
 
 if TYPE_CHECKING:
     from tunewright.storage import Blobs

@@ -1,0 +1,19 @@
+"""The environment of worker processes. A module of its own: what starts a process must not wait for pydantic first."""
+
+import os
+
+_KEPT = (
+    "PATH", "HOME", "LANG", "LC_ALL", "TZ", "TMPDIR",
+    "PYTHONPATH", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES",
+)  # fmt: skip
+
+
+def worker_environment() -> dict[str, str]:
+    """The whole environment of a worker process: an allow-list, so that no database URL and no key gets there."""
+    kept = {name: os.environ[name] for name in _KEPT if name in os.environ}
+    return kept | {
+        "PYTHONUNBUFFERED": "1",
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
