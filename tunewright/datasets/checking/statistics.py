@@ -139,18 +139,29 @@ class Statistics(msgspec.Struct):
     """Rows whose number is at most this belong to the sample."""
     languages: dict[int, str] = {}
     """The language of each row of the sample, once `settle` was called."""
+    shapes: dict[str, list[Any]] = {}
+    """Kind -> shapes of rows that are not counted yet; none once `settle` was called."""
 
     def add_shapes(self, shapes: list[Shape], kind: str) -> None:
         """Count rows of one kind by the roles of their messages."""
-        self.rows += len(shapes)
-        _count(self.kinds, kind, len(shapes))
-        for shape, rows in Counter(shapes).items():
-            self.messages += shape.size * rows
-            self.turns += shape.turns * rows
-            self.with_system += shape.has_system * rows
-            for role, number in shape.roles.items():
-                _count(self.roles, role, number * rows)
-            _count(self.tasks, _task(kind, shape), rows)
+        waiting = self.shapes.setdefault(kind, [])
+        waiting += shapes
+        if len(waiting) >= _MANY:
+            self._settle_shapes()
+
+    def _settle_shapes(self) -> None:
+        """Count those that wait: many at once cost little each."""
+        for kind, shapes in self.shapes.items():
+            self.rows += len(shapes)
+            _count(self.kinds, kind, len(shapes))
+            for shape, rows in Counter(shapes).items():
+                self.messages += shape.size * rows
+                self.turns += shape.turns * rows
+                self.with_system += shape.has_system * rows
+                for role, number in shape.roles.items():
+                    _count(self.roles, role, number * rows)
+                _count(self.tasks, _task(kind, shape), rows)
+        self.shapes = {}
 
     def add(self, rows: list[Facts]) -> None:
         """Count some rows, but for their lengths and texts."""
@@ -190,7 +201,8 @@ class Statistics(msgspec.Struct):
             self.sample_limit = max(self.sample)
 
     def settle(self) -> None:
-        """Do what was put off: lengths, and the languages of the sample."""
+        """Do what was put off: shapes, lengths, and the languages of the sample."""
+        self._settle_shapes()
         for key, text in _smallest(self.sample).items():
             self.languages[key] = language_of(text)
         self.sample = {}
@@ -199,7 +211,8 @@ class Statistics(msgspec.Struct):
         self.languages = _smallest(self.languages)
 
     def absorb(self, other: "Statistics") -> None:
-        """Add what was counted of another part of the file."""
+        """Add what was counted of another part of the file, and settled."""
+        self._settle_shapes()
         for name in self.__struct_fields__:
             mine, more = getattr(self, name), getattr(other, name)
             if isinstance(mine, Lengths):
@@ -214,8 +227,8 @@ class Statistics(msgspec.Struct):
 
     def result(self) -> dict[str, Any]:
         """All of it for a person: plain values that JSON can hold."""
-        counts = {name: getattr(self, name) for name in _COUNTS}
         self.settle()
+        counts = {name: getattr(self, name) for name in _COUNTS}
         if not self.line_bytes.count:
             return counts
         languages = Counter(self.languages.values())
