@@ -204,6 +204,17 @@ def test_a_split_that_leaves_a_side_empty_is_refused(bench: Bench) -> None:
     assert list((bench.home.jobs / job.id / "data").glob(".*")) == []
 
 
+def test_a_job_tells_of_validation_rows_that_it_trains_on(bench: Bench) -> None:
+    orders = json.dumps({"messages": [USER, ASSISTANT], "fake": {"steps": 2, "sleep_s": 0}}).encode() + b"\n"
+    train = orders + b"".join(good(n) for n in range(30))
+    validation = b"".join(good(n) for n in (28, 29, 30, 31))
+    job = create(bench, keep(bench, train), validation_file=keep(bench, validation))
+    assert bench.until_over(job.id).status == "succeeded"
+    [told] = [event for event in bench.events(job.id) if event.code == "validation_leak"]
+    assert told.values == {"found": 2, "rows": 4} and told.level == "warn"
+    bench.close()
+
+
 def test_a_job_tells_what_it_leaves_out_and_repeats_it_at_its_end(bench: Bench) -> None:
     orders = json.dumps({"messages": [USER, ASSISTANT], "fake": {"steps": 2, "sleep_s": 0}}).encode() + b"\n"
     data = orders + b"".join(good(n) for n in range(30)) + BAD

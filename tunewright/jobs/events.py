@@ -6,6 +6,7 @@ from typing import Any
 import msgspec
 
 from tunewright.clock import wall_s
+from tunewright.datasets.checking.check import VALIDATION_LEAK
 from tunewright.i18n import mark
 from tunewright.ids import new_id
 from tunewright.jobs.records import VALIDATING, Job, JobCheckpoint, JobEvent
@@ -52,13 +53,23 @@ def created(job: Job) -> JobEvent:
     return message(job, "created", mark("Created fine-tuning job {job}"), job=job.id)
 
 
-def prepared(job: Job, choice: RowChoice) -> list[JobEvent]:
-    """What is used of the files of a job that goes into the queue or into its rehearsal, and what is not."""
+def prepared(job: Job, choice: RowChoice, leaked: int) -> list[JobEvent]:
+    """What is used of the files of a job that goes into the queue or into its rehearsal, and what is not.
+
+    `leaked`: rows of the validation file that also stand in the training file.
+    """
     found = []
     bad = len(choice.train.skip) + (len(choice.validation.skip) if choice.validation else 0)
     if bad:
         text = mark("{rows} bad rows are left out, as max_bad_rows or max_bad_ratio allow")
         found.append(message(job, "bad_rows_left_out", text, level="warn", rows=bad))
+    if leaked and choice.validation is not None:
+        text = mark(
+            "{found} of {rows} rows of the validation file also stand in the training file: the validation loss will look "
+            "better than it is"
+        )
+        rows = choice.validation.rows
+        found.append(message(job, VALIDATION_LEAK, text, level="warn", found=leaked, rows=rows))
     if job.validation_split is not None and choice.validation is not None:
         text = mark("{validation} rows are kept for validation, {train} are trained on")
         found.append(message(job, "validation_split", text, validation=choice.validation.rows, train=choice.train.rows))

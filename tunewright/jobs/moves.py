@@ -175,7 +175,7 @@ class Moves:
         with self._storage.write() as tx:
             changed = tx.jobs.change(job, **changes)
             if changed is not None:
-                tx.jobs.add_events(events.prepared(changed, prepared.choice))
+                tx.jobs.add_events(events.prepared(changed, prepared.choice, prepared.leaked))
         self._wake()
         return True
 

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
+from tunewright.datasets.checking.check import VALIDATION_LEAK, check_in_child
 from tunewright.datasets.records import File
 from tunewright.errors import Conflict, InvalidRequest, NotFound
 from tunewright.files_on_disk import fsync_folder, sha256_of, write_atomically
@@ -34,6 +35,8 @@ class Prepared(NamedTuple):
 
     hyperparameters: Hyperparameters
     choice: RowChoice
+    leaked: int = 0
+    """Rows of the validation file that also stand in the training file."""
 
 
 class Preparation:
@@ -73,7 +76,7 @@ class Preparation:
             context_tokens=base.context_tokens,
             validation_rows=choice.validation.rows if choice.validation else 0,
         )
-        return Prepared(hyperparameters, choice)
+        return Prepared(hyperparameters, choice, self._leaked(job))
 
     def spec(self, job: Job) -> TrainingSpec:
         """The spec of `job.attempt`. Puts data files back that have gone. Raises what `prepare` raises."""
@@ -212,6 +215,14 @@ class Preparation:
         # A check of another release may have found more than were known when the job was created.
         check_number_of_bad_rows(file, param, tolerance, found=len(bad), rows=file.rows or 0)
         return bad
+
+    def _leaked(self, job: Job) -> int:
+        """The rows on both sides, where these are two files: of a split, equal rows lie on one side."""
+        if job.validation_file is None:
+            return 0
+        train, validation = self._data(job, "train"), self._data(job, "validation")
+        report = check_in_child(validation, "fine-tune", self._settings, statistics=False, against=train)
+        return report.counts.get(VALIDATION_LEAK, 0)
 
     def _materialise(self, job: Job, name: str, file: File, *, check: bool) -> None:
         target = self._data(job, name)

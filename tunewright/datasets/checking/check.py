@@ -31,6 +31,7 @@ _PURPOSE_KIND = {
     "fine-tune-vision-cogvlm": IMAGE_UNDERSTANDING,
 }
 
+VALIDATION_LEAK = "validation_leak"
 Progress = Callable[[int, int], None]
 """Is told the bytes that are done and those of the whole file; may raise to end the check."""
 
@@ -150,7 +151,7 @@ def _compare_rows(scan: Scan, begin: int) -> None:
 def _compare_with(known: Known, scan: Scan, begin: int) -> None:
     """Report rows that stand in the training file."""
     sentence = mark("line {line} also stands in the training file, so it can't show what was learned")
-    leaked = _report(scan, begin, known.common(scan.fingerprints), "validation_leak", sentence, patch=Patch(drop=True))
+    leaked = _report(scan, begin, known.common(scan.fingerprints), VALIDATION_LEAK, sentence, patch=Patch(drop=True))
     if leaked:
         sentence = mark("{found} of {rows} rows also stand in the training file.")
         scan.reporter.add("warning", "validation_overlap", sentence, found=leaked, rows=scan.rows)

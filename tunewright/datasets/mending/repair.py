@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple
 
 from tunewright.datasets.checking import documents, fast_rows, fingerprints
-from tunewright.datasets.checking.check import Progress, known_rows
+from tunewright.datasets.checking.check import VALIDATION_LEAK, Progress, known_rows
 from tunewright.datasets.checking.line_check import check_line
 from tunewright.datasets.checking.scan import Depth, Limits, Scan, agreed_kind
 from tunewright.datasets.checking.sniff import HEAD_BYTES, Verdict, sniff
@@ -22,7 +22,6 @@ from tunewright.errors import InvalidRequest
 
 MAX_ROUNDS = 50
 _DUPLICATE = "duplicate_row"
-_LEAK = "validation_leak"
 _TOLD_EVERY_LINES = 1000
 _TRANSCODED_BYTES = 1 << 20
 
@@ -192,7 +191,7 @@ class _Repairer:
     def _repeated_lines(self, path: Path) -> frozenset[int]:
         """The numbers of lines that repeat an earlier one or stand in the training file, if such are to be left out."""
         repeats = self.training and _is_chosen(self.choice, _DUPLICATE)
-        against = self.against if self.training and _is_chosen(self.choice, _LEAK) else None
+        against = self.against if self.training and _is_chosen(self.choice, VALIDATION_LEAK) else None
         if not repeats and against is None:
             return frozenset()
         scan = Scan(Reporter(), self.purpose, self.limits, Depth(texts=False, statistics=False))
