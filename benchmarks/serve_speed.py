@@ -1,8 +1,8 @@
-"""How fast an engine worker serves: `python benchmarks/serve_speed.py MODEL_FOLDER [--threads 1] [--concurrent 1 8 32]`.
+"""How fast an engine worker serves: `python benchmarks/serve_speed.py MODEL_FOLDER [--concurrent 1 8 32] [--adapters 4 32]`.
 
 Each run sends N requests at once (128-token prompts, 64 new tokens, greedy) over the worker's own protocol, first to the
-base alone, then spread over four adapters of rank 16 on all linear layers. Client and worker share the machine. Tokens per
-second of the worker's processor time are less disturbed by what else runs on it.
+base alone, then spread over so many adapters of rank 16 on all linear layers. Client and worker share the machine. Tokens
+per second of the worker's processor time are less disturbed by what else runs on it.
 """
 
 import argparse
@@ -27,6 +27,7 @@ from tests.engines.engine_worker import WorkerRun, exchange, generate_request, w
 from tunewright.deployments.ports import Done, TokenText, Trouble
 from tunewright.files_on_disk import sha256_of
 
+BASE_CODE = "bench"
 PROMPT_TOKENS, NEW_TOKENS, RANK = 128, 64, 16
 
 
@@ -54,7 +55,8 @@ def write_adapter(model: Path, folder: Path, seed: int) -> dict[str, str]:
             tensors[f"{prefix}.lora_B.weight"] = rng.normal(0, 0.002, (out, RANK)).astype(np.float32)
     folder.mkdir()
     save_file(tensors, folder / "adapter_model.safetensors")
-    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": RANK, "lora_alpha": RANK}))
+    words = {"peft_type": "LORA", "r": RANK, "lora_alpha": RANK, "base_model_name_or_path": BASE_CODE}
+    (folder / "adapter_config.json").write_text(json.dumps(words))
     sha256 = sha256_of(folder / "adapter_model.safetensors")
     return {"adapter_id": folder.name, "adapter_path": str(folder), "adapter_sha256": sha256}
 
@@ -92,7 +94,8 @@ async def run(port: int, process: psutil.Process, vocabulary: int, n: int, adapt
     ttft_ms = 1000 * statistics.median(first_s for first_s, _ in results)
     what = f"{len(adapters)} adapters" if adapters else "base only"
     speed = f"{tokens / elapsed_s:7.1f} tok/s {tokens / busy_s:7.1f} tok/CPU-s"
-    return f"{what:<12} {n:>3} concurrent  {speed}  TTFT p50 {ttft_ms:7.0f} ms"
+    held = f"RSS {process.memory_info().rss / 1e6:6.0f} MB"
+    return f"{what:<12} {n:>3} concurrent  {speed}  TTFT p50 {ttft_ms:7.0f} ms  {held}"
 
 
 def main() -> None:
@@ -100,28 +103,44 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--concurrent", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--adapters", type=int, nargs="+", default=[4])
     parser.add_argument("--core", type=int, help="pin client and worker to this core")
     arguments = parser.parse_args()
     if arguments.core is not None:
         os.sched_setaffinity(0, {arguments.core})
-    vocabulary = json.loads((arguments.model / "config.json").read_text())["vocab_size"]
     with tempfile.TemporaryDirectory() as folder:
-        adapters = [write_adapter(arguments.model, Path(folder) / f"a{seed}", seed) for seed in range(4)]
+        most = max(arguments.adapters)
+        adapters = [write_adapter(arguments.model, Path(folder) / f"a{seed}", seed) for seed in range(most)]
         spec = worker_spec(
-            arguments.model, threads=arguments.threads, slots=max(arguments.concurrent), adapters=8, queue=256,
-            context_tokens=1024,
+            arguments.model, base_code=BASE_CODE, threads=arguments.threads, slots=max(arguments.concurrent),
+            adapters=most, queue=256, context_tokens=1024,
         )  # fmt: skip
         worker = WorkerRun(Path(folder) / "worker", spec).start()
         try:
-            print(f"worker ready in {worker.start_s:.1f} s")
-            process = psutil.Process(worker.process.pid if worker.process else None)
-            for values in ({}, *adapters):  # warm up, and load the adapters
-                asyncio.run(one_request(worker.port, {"prompt_ids": [100] * 8, "max_tokens": 2, **values}))
-            for chosen in ([], adapters):
-                for n in arguments.concurrent:
-                    print(asyncio.run(run(worker.port, process, vocabulary, n, chosen)), flush=True)
+            measure(worker, adapters, arguments)
         finally:
             worker.kill()
+
+
+def measure(worker: WorkerRun, adapters: list[dict[str, str]], arguments: argparse.Namespace) -> None:
+    """Print the table."""
+    process = psutil.Process(worker.process.pid if worker.process else None)
+    vocabulary = json.loads((arguments.model / "config.json").read_text())["vocab_size"]
+    warm: dict[str, Any] = {"prompt_ids": [100] * 8, "max_tokens": 2}
+    asyncio.run(one_request(worker.port, warm))
+    before = process.memory_info().rss
+    print(f"worker ready in {worker.start_s:.1f} s, RSS {before / 1e6:.0f} MB")
+    for n in arguments.concurrent:
+        print(asyncio.run(run(worker.port, process, vocabulary, n, [])), flush=True)
+    before = process.memory_info().rss
+    for values in adapters:
+        asyncio.run(one_request(worker.port, {**warm, **values}))
+    size = (Path(adapters[0]["adapter_path"]) / "adapter_model.safetensors").stat().st_size
+    each = (process.memory_info().rss - before) / len(adapters)
+    print(f"an adapter takes {each / 1e6:.1f} MB, {each / size:.2f} times its file of {size / 1e6:.1f} MB")
+    for count in arguments.adapters:
+        for n in arguments.concurrent:
+            print(asyncio.run(run(worker.port, process, vocabulary, n, adapters[:count])), flush=True)
 
 
 if __name__ == "__main__":
