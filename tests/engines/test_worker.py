@@ -27,6 +27,7 @@ from tests.engines.engine_worker import (
     one,
     worker_spec,
 )
+from tests.tiny_models import tiny_llama
 from tunewright.deployments.ports import (
     Done,
     Health,
@@ -40,6 +41,7 @@ from tunewright.deployments.ports import (
     decode_reply,
     encode_line,
 )
+from tunewright.models.whole_models import seal
 from tunewright.rendering.renderer import Renderer
 
 
@@ -224,6 +226,45 @@ def test_a_changed_base_is_not_served(tiny_base: Path, tmp_path: Path) -> None:
 
 def test_another_renderer_is_not_served(tiny_base: Path, tmp_path: Path) -> None:
     assert "renderer_changed" in fails_with(tmp_path, tiny_base, renderer_hash="0" * 64)
+
+
+@pytest.fixture
+def own_weights(tmp_path: Path, tiny_base: Path) -> dict[str, Any]:
+    """The fields of a spec that serves a model of its own weights."""
+    model = tiny_llama(tmp_path / "model", seed=5)
+    return {"weights_path": str(model), "weights_sha256": seal(model, tiny_base, "tiny")}
+
+
+async def test_weights_of_its_own_are_served(
+    own_weights: dict[str, Any], adapters: list[Path], tiny_base: Path, tmp_path: Path
+) -> None:
+    """They answer as transformers does with that folder, and take no adapters of the base."""
+    run = WorkerRun(tmp_path / "worker", worker_spec(tiny_base, **own_weights)).start()
+    try:
+        text, _ = await generate(run.port, prompt_ids=[5, 6, 7], max_tokens=12)
+        assert text == solo(tiny_base, Reference(Path(own_weights["weights_path"])), None, [5, 6, 7], 12)
+        assert text != solo(tiny_base, Reference(tiny_base), None, [5, 6, 7], 12)
+        with pytest.raises(RuntimeError, match="adapter_invalid"):
+            await generate(run.port, prompt_ids=[5], **request_values(adapters[0]))
+    finally:
+        run.kill()
+
+
+@pytest.mark.parametrize("fault", ["flip", "unsealed", "renderer"])
+def test_changed_weights_of_its_own_are_not_served(
+    fault: str, own_weights: dict[str, Any], tiny_base: Path, tmp_path: Path
+) -> None:
+    if fault == "flip":
+        weights = Path(own_weights["weights_path"]) / "model.safetensors"
+        content = bytearray(weights.read_bytes())
+        content[-1] ^= 1
+        weights.write_bytes(content)
+    elif fault == "unsealed":
+        own_weights["weights_sha256"] = None
+    else:
+        own_weights["renderer_hash"] = "0" * 64
+    code = "renderer_changed" if fault == "renderer" else "model_files_changed"
+    assert code in fails_with(tmp_path / "worker", tiny_base, **own_weights)
 
 
 def test_sigterm_ends_it_at_once_even_while_it_answers(tiny_base: Path, tmp_path: Path) -> None:

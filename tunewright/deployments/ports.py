@@ -26,6 +26,11 @@ class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
     context_tokens: int
     idle_exit_s: float
     """An orphaned worker (its parent is gone, nobody connects) ends itself after this."""
+    weights_path: str | None = None
+    """Serve the weights of this folder in place of the base's: of a model trained in full, or one with an adapter merged in.
+    Tokenizer and renderer stay the base's, and there are no adapters: they would be made for other weights."""
+    weights_sha256: str | None = None
+    """Of that folder's MANIFEST.json, which has those of its other files; without it the folder is not loaded."""
 
 
 class WorkerProcess(msgspec.Struct, frozen=True, kw_only=True):

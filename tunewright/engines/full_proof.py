@@ -5,14 +5,11 @@ Exit code 0 when `answer.json` was written, 1 otherwise.
 """
 
 import gc
-import json
-import logging
 import sys
 import warnings
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import torch
 from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
@@ -20,36 +17,19 @@ from transformers.utils.logging import disable_progress_bar
 from tunewright.clock import mono_s
 from tunewright.deployments.full_models import FullOrder
 from tunewright.deployments.ports import Proof
+from tunewright.engines.answering import answer_order
 from tunewright.engines.base_files import verify_files
-from tunewright.engines.placement import detect_placement, use_threads
-from tunewright.engines.rows import trouble_of
-from tunewright.errors import InvalidRequest, TunewrightError, quote
-from tunewright.files_on_disk import sha256_of, write_atomically
+from tunewright.engines.placement import detect_placement
+from tunewright.errors import InvalidRequest
 from tunewright.i18n import mark
-from tunewright.jobs.spec import MANIFEST
-
-_log = logging.getLogger("tunewright.engines.full_proof")
-
-
-def main(folder: Path) -> int:
-    """Answer the order in `folder`; returns the exit code."""
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr)
-    order = msgspec.json.decode((folder / "order.json").read_bytes(), type=FullOrder)
-    use_threads(order.threads)
-    try:
-        answer: Any = prove(order)
-    except TunewrightError as error:
-        _log.error("%s", error)
-        answer = trouble_of(error)
-    write_atomically(folder / "answer.json", msgspec.json.encode(answer))
-    return 0
+from tunewright.models.whole_models import verify
 
 
 def prove(order: FullOrder) -> Proof:
     """The proof. Raises InvalidRequest(`model_files_changed`, `no_effect`), Misconfigured for a damaged base."""
     verify_files(Path(order.base_path), order.base_files)
     model_path = Path(order.model_path)
-    _verify_model(model_path, order.manifest_sha256)
+    verify(model_path, order.manifest_sha256)
     base_logits, _, _ = _logits(Path(order.base_path), order.prompts)
     gc.collect()
     began = mono_s()
@@ -78,27 +58,6 @@ def prove(order: FullOrder) -> Proof:
     )
 
 
-def _verify_model(folder: Path, manifest_sha256: str) -> None:
-    wrong = MANIFEST
-    try:
-        if sha256_of(folder / MANIFEST) == manifest_sha256:
-            files = json.loads((folder / MANIFEST).read_text("utf-8"))["files"]
-            there = {path.name for path in folder.iterdir()} - {MANIFEST}
-            differ = sorted(there ^ files.keys()) + [
-                n for n in files if n in there and sha256_of(folder / n) != files[n]
-            ]
-            if not differ:
-                return
-            wrong = differ[0]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        pass
-    raise InvalidRequest(
-        "model_files_changed",
-        mark("The files of the trained model are not those that its training wrote (file {name})."),
-        name=quote(wrong),
-    )
-
-
 @torch.inference_mode()
 def _logits(folder: Path, prompts: list[list[int]]) -> tuple[list[torch.Tensor], int, int]:
     """(float32 logits of the token after each prompt, tensors of the model, those that the folder lacks)."""
@@ -122,4 +81,4 @@ def _logits(folder: Path, prompts: list[list[int]]) -> tuple[list[torch.Tensor],
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+    sys.exit(answer_order(Path(sys.argv[1]), FullOrder, prove))

@@ -122,6 +122,12 @@ def add_updates(name: str, x_TI: torch.Tensor, y_TO: torch.Tensor, segments: lis
             y_TO[start:end].addmm_(x_TI[start:end] @ factors.down_IR, factors.up_RO)
 
 
+def adaptable_linears(model: PreTrainedModel) -> dict[str, nn.Linear]:
+    """Every linear layer but the head, by its name in the model."""
+    head = model.get_output_embeddings()
+    return {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
+
+
 class GeneralDecoder:
     """Runs a transformers causal model on flattened batches."""
 
@@ -141,13 +147,12 @@ class GeneralDecoder:
         self.linears = self._wrap_linears()
 
     def _wrap_linears(self) -> dict[str, tuple[int, int]]:
-        """Wrap every linear layer but the head; returns module name -> (in, out) features."""
-        head = self._model.get_output_embeddings()
-        found = [(n, m) for n, m in self._model.named_modules() if isinstance(m, nn.Linear) and m is not head]
-        for name, linear in found:
+        """Wrap every layer that an adapter may change; returns module name -> (in, out) features."""
+        found = adaptable_linears(self._model)
+        for name, linear in found.items():
             parent, _, child = name.rpartition(".")
             setattr(self._model.get_submodule(parent), child, LoraLinear(name, linear, self._segments))
-        return {name: (linear.in_features, linear.out_features) for name, linear in found}
+        return {name: (linear.in_features, linear.out_features) for name, linear in found.items()}
 
     def prepare(self, pairs: dict[str, Pair]) -> dict[str, Factors]:
         """Factors on the right device, by the names that `logits` looks up."""

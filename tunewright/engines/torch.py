@@ -59,6 +59,7 @@ class Engine:
         self._stream_decoder = stream_decoder
         self._vocabulary = vocabulary
         self._worker_id, self._base_code = spec.worker_id, spec.base_code
+        self._own_weights = spec.weights_path is not None
         self._slots = spec.slots
         self._queue = spec.queue
         self._context_tokens = spec.context_tokens
@@ -173,6 +174,8 @@ class Engine:
             )
         if request.adapter_id is None:
             return None
+        if self._own_weights:
+            raise adapter_invalid(["this instance serves a model with weights of its own"])
         if not request.adapter_path or not request.adapter_sha256:
             raise adapter_invalid(["its path or sha256 is missing from the request"])
         return Key(request.adapter_id, request.adapter_sha256)

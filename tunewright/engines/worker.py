@@ -20,6 +20,7 @@ from tunewright.engines.base_files import verify_files
 from tunewright.errors import Misconfigured, TunewrightError
 from tunewright.files_on_disk import write_atomically
 from tunewright.i18n import mark
+from tunewright.models.whole_models import verify
 from tunewright.rendering.renderer import Renderer
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ async def _serve(folder: Path, spec: WorkerSpec, parent: int) -> int:
 def _build_engine(spec: WorkerSpec) -> "Engine":
     folder = Path(spec.base_path)
     with ThreadPoolExecutor(2) as side_by_side:  # both go on while the libraries are imported, which takes seconds
-        verified = side_by_side.submit(verify_files, folder, spec.base_files)
+        verified = side_by_side.submit(_verify, spec)
         rendering = side_by_side.submit(Renderer, folder)
         from tunewright.engines.constraints import Constraints
         from tunewright.engines.loading import load_decoder
@@ -95,7 +96,7 @@ def _build_engine(spec: WorkerSpec) -> "Engine":
                 "renderer_changed", mark("This worker would render conversations in another way than the server.")
             )
         placement = detect_placement()
-        decoder = load_decoder(folder, placement, spec.context_tokens)
+        decoder = load_decoder(Path(spec.weights_path or folder), placement, spec.context_tokens)
     decoder_of = renderer.stream_decoder
     constraints = Constraints(folder / "tokenizer.json", renderer.stop_ids, renderer.vocabulary_size, decoder_of)
     return Engine(
@@ -106,6 +107,15 @@ def _build_engine(spec: WorkerSpec) -> "Engine":
         placement=placement,
         constraints=constraints,
     )
+
+
+def _verify(spec: WorkerSpec) -> None:
+    """Raises Misconfigured(`base_changed`), InvalidRequest(`model_files_changed`)."""
+    files = spec.base_files
+    if spec.weights_path is not None:
+        verify(Path(spec.weights_path), spec.weights_sha256 or "")
+        files = {name: sha256 for name, sha256 in files.items() if not name.endswith(".safetensors")}  # not loaded
+    verify_files(Path(spec.base_path), files)
 
 
 def _own_start_ticks() -> int:

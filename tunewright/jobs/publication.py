@@ -19,8 +19,9 @@ from tunewright.jobs.journal_reader import Batch, first_record
 from tunewright.jobs.ports import OnEnd, Prover
 from tunewright.jobs.progress import all_events, kept_steps
 from tunewright.jobs.records import SUCCEEDED, Job
-from tunewright.jobs.spec import MANIFEST, RECEIPTS, Checkpoint, Finished
+from tunewright.jobs.spec import RECEIPTS, Checkpoint, Finished
 from tunewright.models.checkpoint_files import CheckpointFiles
+from tunewright.models.manifest import MANIFEST
 from tunewright.models.records import FULL, Base, TunedModel
 from tunewright.settings import HomeFolder
 

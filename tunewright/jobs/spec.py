@@ -27,8 +27,6 @@ import msgspec
 
 COMPUTING = "computing.json"
 """In a work folder: how a training is computed. The training takes over what its rehearsal chose, whose memory was measured."""
-MANIFEST = "MANIFEST.json"
-"""Of a result that is a whole model: `files` is name -> sha256 of every other file."""
 RECEIPTS = "receipts.jsonl"
 """In the work folder once training is done, if the job has any: a jobs/receipts.py RowReceipt on each line."""
 TENSORBOARD = "tensorboard"

@@ -1,10 +1,5 @@
-"""All parameters of a model: made trainable, kept in checkpoints, and written as a model folder of their own.
+"""All parameters of a model: made trainable, kept in checkpoints, and written as a model folder of their own."""
 
-A result holds config.json, model*.safetensors (parts of at most 5 GB), the base's tokenizer, templates and generation settings,
-and MANIFEST.json: the base's code and the sha256 of every other file.
-"""
-
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,13 +8,11 @@ import torch
 from safetensors.torch import save_file
 
 from tunewright.errors import InvalidRequest
-from tunewright.files_on_disk import sha256_of
 from tunewright.i18n import mark
-from tunewright.jobs.spec import MANIFEST
+from tunewright.models.whole_models import LARGEST_PART, seal
 from tunewright.recipes.checkpoints import KEPT
 
 CHECKPOINT_WEIGHTS = "model.safetensors"
-LARGEST_PART = "5GB"
 _BYTES_OF_CHECKPOINT = 12
 """Of each parameter: its value and AdamW's two moments, in float32."""
 _BYTES_OF_RESULT = 4
@@ -61,12 +54,7 @@ def write_checkpoint(folder: Path, parameters: dict[str, torch.nn.Parameter]) ->
     )
 
 
-def write_result(folder: Path, model: Any, base: Path, base_code: str) -> None:
-    """Fill an existing folder. The same weights give the same bytes."""
+def write_result(folder: Path, model: Any, base: Path, base_code: str) -> str:
+    """Fill an existing folder; returns the sha256 of its manifest. The same weights give the same bytes."""
     model.save_pretrained(folder, max_shard_size=LARGEST_PART)
-    for source in sorted(base.iterdir()):
-        ours = source.name in ("config.json", "MANIFEST.json") or source.name.endswith(".safetensors.index.json")
-        if source.is_file() and not ours and source.suffix in (".json", ".jinja", ".model", ".txt"):
-            shutil.copyfile(source, folder / source.name)
-    files = {path.name: sha256_of(path) for path in sorted(folder.iterdir())}
-    (folder / MANIFEST).write_text(json.dumps({"format": 1, "base": base_code, "files": files}, indent=1), "utf-8")
+    return seal(folder, base, base_code)

@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tunewright.files_on_disk import publish_folder, sha256_of
-from tunewright.jobs.spec import MANIFEST, TrainingSpec
+from tunewright.jobs.spec import TrainingSpec
+from tunewright.models.manifest import MANIFEST
 from tunewright.recipes import adapters, full_weights
 from tunewright.recipes.adapters import Lora
 from tunewright.recipes.attempt import UNFINISHED_RESULT
