@@ -7,7 +7,9 @@ import threading
 import structlog
 
 from tunewright.accounts.service import AccountService
+from tunewright.accounts.usage import UsageLedger, UsageService
 from tunewright.clock import mono_s
+from tunewright.completions.metering import Metering
 from tunewright.completions.service import CompletionService
 from tunewright.datasets.parted_uploads import PartedUploads
 from tunewright.datasets.service import DatasetService
@@ -17,6 +19,7 @@ from tunewright.egress import Egress
 from tunewright.errors import Misconfigured, TunewrightError, Unavailable
 from tunewright.i18n import mark
 from tunewright.jobs.controller import JobController
+from tunewright.jobs.lease import holder_of
 from tunewright.jobs.line import Line
 from tunewright.jobs.service import JobService
 from tunewright.models.catalogue import Catalogue
@@ -74,7 +77,10 @@ class Platform:
         self.jobs.on_end = record_end
         self.jobs.on_change = self.controller.wake
         self.models.on_delete = self.pool.forget
-        self.completions = CompletionService(self.models, self.pool, settings)
+        self.ledger = UsageLedger(self.storage, holder_of(self.home.root), settings.usage_kept_days)
+        self.usage = UsageService(self.storage)
+        self.metering = Metering(self.ledger)
+        self.completions = CompletionService(self.models, self.pool, settings, self.metering)
         vault = Vault(self.accounts)
         self.sending = Sending(
             self.storage, vault, WebhookSender(Egress()), AppriseSender(), settings.max_messages_per_day
@@ -108,6 +114,7 @@ class Platform:
         self.uploads.sweep()
         self.jobs.sweep()
         self.models.sweep()
+        self.ledger.start()
         self.pool.start()
         self.datasets.images.start()
         self.controller.start()
@@ -124,6 +131,7 @@ class Platform:
         self.datasets.images.stop()
         if self._lock is not None:  # only who holds the home may end what runs in it
             self.pool.stop()
+        self.ledger.stop()
         self.storage.close()
         if self._lock is not None:
             os.close(self._lock)

@@ -39,7 +39,7 @@ def served(tmp_path: Path, untrained_base: Path) -> Iterator[World]:
     world = World(tmp_path / "home", untrained_base, max_streams_per_key=2)
     platform = world.platform
     pool: Any = EchoPool()
-    platform.completions = CompletionService(platform.models, pool, platform.settings)
+    platform.completions = CompletionService(platform.models, pool, platform.settings, platform.metering)
     world.pool = pool  # type: ignore[attr-defined]
     yield world
     platform.storage.close()

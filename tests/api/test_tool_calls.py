@@ -55,8 +55,8 @@ def pool() -> ScriptedPool:
 @pytest.fixture
 async def sdk(tmp_path: Path, untrained_base: Path, pool: ScriptedPool) -> AsyncIterator[AsyncOpenAI]:
     world = World(tmp_path / "home", untrained_base)
-    models, settings = world.platform.models, world.settings
-    world.platform.completions = CompletionService(models, pool, settings)  # type: ignore[arg-type]
+    models, metering = world.platform.models, world.platform.metering
+    world.platform.completions = CompletionService(models, pool, world.settings, metering)  # type: ignore[arg-type]
     http: Any = httpx.AsyncClient(transport=httpx.ASGITransport(world.app))
     async with AsyncOpenAI(
         api_key=world.key, base_url="http://localhost/v1", http_client=http, max_retries=0

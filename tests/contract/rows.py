@@ -3,6 +3,7 @@
 from typing import Any
 
 from tunewright.accounts.records import ApiKey, Project
+from tunewright.accounts.usage import UsageRow
 from tunewright.datasets.records import File, PartedUpload, UploadPart
 from tunewright.ids import new_id, random_text
 from tunewright.jobs.records import Job, JobCheckpoint, JobError, JobEvent
@@ -204,3 +205,28 @@ def delivery(of: Channel, **changes: Any) -> Delivery:
     }
     values |= {"channel_id": of.id, "project_id": of.project_id}
     return Delivery(**(values | changes))
+
+
+def usage(project_id: str, **changes: Any) -> UsageRow:
+    values: dict[str, Any] = {
+        "id": new_id("usage"),
+        "key_id": "key-1",
+        "model": "base:1:点:y",
+        "base_code": "base",
+        "tuned_id": "model-1",
+        "deployment_id": "deployment-1",
+        "request_id": "req-1",
+        "dialect": "zhipu",
+        "endpoint": "/chat/completions",
+        "prompt_tokens": 2**33,
+        "completion_tokens": 7,
+        "cached_tokens": 3,
+        "status": "running",
+        "error_code": "engine_lost",
+        "ttft_ms": 12,
+        "duration_ms": 2**33,
+        "created_at": NOON,
+        "server": "server-1",
+    }
+    values |= {"project_id": project_id}
+    return UsageRow(**(values | changes))

@@ -17,6 +17,7 @@ from tests.contract.rows import (
     parted_upload,
     project,
     upload_part,
+    usage,
 )
 from tests.contract.test_storage_tenants import statements
 from tunewright.storage import Storage, Transaction
@@ -67,11 +68,15 @@ LISTS: dict[str, Ask] = {
     "metered messages": lambda tx, p, ids: tx.deliveries.metered_since(p, 9),
     "jobs ended since": lambda tx, p, ids: tx.jobs.ended_since(9, 2),
     "unfinished jobs": lambda tx, p, ids: tx.jobs.unfinished(),
+    "usage": lambda tx, p, ids: tx.usage.list(p, status="ok", model="m", after=ids["usage"], limit=2),
+    "sums of usage": lambda tx, p, ids: tx.usage.sums(
+        p, since=0, until=9, by=frozenset({"day", "model"}), skip=0, limit=2
+    ),
     "idempotency": lambda tx, p, ids: tx.idempotency.find(p, "route", "key", since=0),
 }
 STARTED_INSIDE = {name for name in LISTS if name.startswith(("files ", "jobs "))} - {"jobs ended since"}
-SORTED_AFTERWARDS = {"unfinished jobs", "children of a file", "enabled channels", "due channels"}
-"""A handful of rows of several states; never paged."""
+SORTED_AFTERWARDS = {"unfinished jobs", "children of a file", "enabled channels", "due channels", "sums of usage"}
+"""A handful of rows of several states, never paged; groups."""
 
 
 @pytest.mark.parametrize("name", LISTS)
@@ -83,6 +88,7 @@ def test_plan(sqlite_url: str, name: str) -> None:
     rows = {"file": file(ours.id), "job": of, "event": event(of), "checkpoint": checkpoint(of, 1)}
     rows["upload"] = parted_upload(ours.id)
     rows["channel"] = channel(ours.id)
+    rows["usage"] = usage(ours.id)
     rows["delivery"] = delivery(rows["channel"])
     with storage.write() as tx:
         tx.projects.insert(ours)
@@ -95,6 +101,7 @@ def test_plan(sqlite_url: str, name: str) -> None:
         tx.models.insert(model(ours.id))
         tx.channels.insert(rows["channel"])
         tx.deliveries.insert(rows["delivery"])
+        tx.usage.insert([rows["usage"]])
     with storage.read() as tx, statements() as seen:
         LISTS[name](tx, ours.id, {kind: row.id for kind, row in rows.items()})
         connection = tx.projects._connection

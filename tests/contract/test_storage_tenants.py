@@ -25,6 +25,7 @@ from tests.contract.rows import (
     model,
     parted_upload,
     upload_part,
+    usage,
 )
 from tunewright.accounts.records import Project
 from tunewright.errors import InvalidRequest
@@ -51,6 +52,8 @@ NOT_OF_A_TENANT = {
     ("idempotency", "forget_before"),
     ("deliveries", "due_channels"),
     ("deliveries", "forget_before"),
+    ("usage", "interrupt"),
+    ("usage", "forget_before"),
     ("leases", "take"),
     ("leases", "release"),
 }
@@ -71,6 +74,7 @@ class Rows:
         self.model = model(project_id)
         self.channel = channel(project_id)
         self.delivery = delivery(self.channel)
+        self.usage = usage(project_id)
 
     def store(self, storage: Storage) -> "Rows":
         with storage.write() as tx:
@@ -85,6 +89,7 @@ class Rows:
             tx.models.insert(self.model)
             tx.channels.insert(self.channel)
             tx.deliveries.insert(self.delivery)
+            tx.usage.insert([self.usage])
             tx.idempotency.insert(self.project_id, "route", "key", "fingerprint", self.job.id, NOON)
         return self
 
@@ -140,6 +145,14 @@ def reads(project_id: str, rows: Rows) -> dict[tuple[str, str], list[Callable[[T
         ("deliveries", "list"): [lambda tx: tx.deliveries.list(p, c, after=None, limit=9)],
         ("deliveries", "next_due"): [lambda tx: tx.deliveries.next_due(p, c, NOON + 9)],
         ("deliveries", "metered_since"): [lambda tx: tx.deliveries.metered_since(p, NOON)],
+        ("usage", "list"): [
+            lambda tx: tx.usage.list(p, status=None, model=None, after=None, limit=9),
+            lambda tx: tx.usage.list(p, status="running", model=rows.usage.model, after=None, limit=9),
+        ],
+        ("usage", "sums"): [
+            lambda tx: tx.usage.sums(p, since=NOON, until=NOON + 1, by=frozenset(), skip=0, limit=9),
+            lambda tx: tx.usage.sums(p, since=NOON, until=NOON + 1, by=frozenset({"day", "model"}), skip=0, limit=9),
+        ],
         ("idempotency", "find"): [lambda tx: tx.idempotency.find(p, "route", "key", since=0)],
     }
 
@@ -174,6 +187,9 @@ def writes(project_id: str, rows: Rows) -> dict[tuple[str, str], list[Callable[[
         ("deliveries", "change"): [lambda tx: tx.deliveries.change(changed(rows.delivery, **as_ours), error="x")],
         ("deliveries", "give_up"): [lambda tx: tx.deliveries.give_up(p, rows.channel.id, status="given_up", error="x")],
         ("channels", "delete"): [lambda tx: tx.channels.delete(p, rows.channel.id)],
+        ("usage", "insert"): [lambda tx: tx.usage.insert([usage(p)])],
+        ("usage", "change"): [lambda tx: tx.usage.change([changed(rows.usage, **as_ours, status="ok")])],
+        ("usage", "remove"): [lambda tx: tx.usage.remove([changed(rows.usage, **as_ours)])],
         ("idempotency", "insert"): [lambda tx: tx.idempotency.insert(p, "route", "new", "f", "r", NOON)],
     }
 
@@ -287,6 +303,8 @@ def test_nobody_changes_what_others_have(storage: Storage, ours: Project, theirs
         ("channels", "delete"),
         ("deliveries", "change"),
         ("deliveries", "give_up"),
+        ("usage", "change"),
+        ("usage", "remove"),
     ]
     for method in strangers:
         for call in writes(ours.id, rows)[method]:

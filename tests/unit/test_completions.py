@@ -8,6 +8,8 @@ import pytest
 
 from tests.unit.test_models_service import World
 from tunewright.accounts.records import Caller
+from tunewright.accounts.usage import UsageLedger
+from tunewright.completions.metering import Metering
 from tunewright.completions.service import CompletionService
 from tunewright.completions.vocabulary import ChatRequest, Finish, Sampling, TextDelta
 from tunewright.deployments.ports import Done, Generate, TokenText
@@ -53,7 +55,8 @@ def pool() -> OnePool:
 
 @pytest.fixture
 def service(world: World, pool: OnePool) -> CompletionService:
-    return CompletionService(world.models, pool, Settings(home=world.home.root))  # type: ignore[arg-type]
+    metering = Metering(UsageLedger(world.storage, "server-1", 1))
+    return CompletionService(world.models, pool, Settings(home=world.home.root), metering)  # type: ignore[arg-type]
 
 
 def request_to(model: str, text: str = "hello", max_tokens: int | None = None) -> ChatRequest:

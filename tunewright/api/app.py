@@ -28,6 +28,7 @@ from tunewright.api.native import models as native_models
 from tunewright.api.native import notifications as native_notifications
 from tunewright.api.native import receipts as native_receipts
 from tunewright.api.native import uploads as native_uploads
+from tunewright.api.native import usage as native_usage
 from tunewright.api.openai import chat as openai_chat
 from tunewright.api.openai import errors as openai_errors
 from tunewright.api.openai import files as openai_files
@@ -63,6 +64,7 @@ ROUTERS = (
     native_models.router,
     native_notifications.router,
     native_receipts.router,
+    native_usage.router,
     health.router,
 )
 

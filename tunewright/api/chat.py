@@ -108,7 +108,9 @@ class ChatFields(BaseModel):
         return refuse(body, NEVER)
 
 
-def chat_request(fields: ChatFields, sampling: Sampling, roles: dict[str, str], request_id: str) -> ChatRequest:
+def chat_request(
+    fields: ChatFields, sampling: Sampling, roles: dict[str, str], request_id: str, dialect: str
+) -> ChatRequest:
     """The neutral request. Raises InvalidRequest with the place of what is wrong."""
     if not fields.model:
         raise missing("model")
@@ -128,6 +130,7 @@ def chat_request(fields: ChatFields, sampling: Sampling, roles: dict[str, str], 
         one_call=fields.parallel_tool_calls is False,
         answer_schema=answer_schema(fields.response_format),
         request_id=request_id,
+        dialect=dialect,
     )
 
 

@@ -4,6 +4,7 @@ from typing import Annotated
 
 from fastapi import Depends, Request
 
+from tunewright.accounts.usage import UsageService
 from tunewright.completions.service import CompletionService
 from tunewright.datasets.parted_uploads import PartedUploads
 from tunewright.datasets.service import DatasetService
@@ -46,6 +47,10 @@ async def _notifications(request: Request) -> NotificationService:
     return request.app.state.platform.notifications
 
 
+async def _usage(request: Request) -> UsageService:
+    return request.app.state.platform.usage
+
+
 PlatformOf = Annotated[Platform, Depends(_platform)]
 DatasetsOf = Annotated[DatasetService, Depends(_datasets)]
 UploadsOf = Annotated[PartedUploads, Depends(_uploads)]
@@ -54,3 +59,4 @@ JobsOf = Annotated[JobService, Depends(_jobs)]
 ModelsOf = Annotated[ModelService, Depends(_models)]
 NotificationsOf = Annotated[NotificationService, Depends(_notifications)]
 CompletionsOf = Annotated[CompletionService, Depends(_completions)]
+UsageOf = Annotated[UsageService, Depends(_usage)]

@@ -10,12 +10,14 @@ from typing import Any
 import msgspec
 
 from tunewright.accounts.records import Caller
+from tunewright.clock import mono_s
 from tunewright.completions.answer_formats import answer_grammar, offers_tools
 from tunewright.completions.choices import answer_deltas, choice_of, side_by_side
+from tunewright.completions.metering import Meter, Metering
 from tunewright.completions.vocabulary import ChatRequest, Completion, Delta, Finish, Usage
 from tunewright.deployments.pool import Pool
 from tunewright.deployments.ports import Done, Generate, TokenText
-from tunewright.errors import Conflict, InvalidRequest, RateLimited
+from tunewright.errors import Conflict, InvalidRequest, RateLimited, TunewrightError
 from tunewright.i18n import mark
 from tunewright.ids import new_id
 from tunewright.models.records import FULL, Base, TunedModel
@@ -28,26 +30,34 @@ from tunewright.settings import Settings
 class CompletionService:
     """Answers chat requests of both dialects."""
 
-    def __init__(self, models: ModelService, pool: Pool, settings: Settings) -> None:
+    def __init__(self, models: ModelService, pool: Pool, settings: Settings, metering: Metering) -> None:
         self._models = models
         self._pool = pool
         self._settings = settings
+        self._metering = metering
         self._under_way: Counter[str] = Counter()
 
-    async def stream(self, caller: Caller, request: ChatRequest) -> AsyncGenerator[Delta, None]:
+    def stream(self, caller: Caller, request: ChatRequest) -> AsyncGenerator[Delta, None]:
         """The deltas of all choices, a `Finish` at the end of each.
 
         Everything that the caller did wrong is raised before the first delta: NotFound (`model_not_found`), InvalidRequest
         (`context_length_exceeded`, `invalid_value`, ...), RateLimited (`concurrency_limit`), Unavailable. Closing the
         iterator frees the engine's slots.
         """
+        return self._stream(caller, request, whole=False)
+
+    async def _stream(self, caller: Caller, request: ChatRequest, *, whole: bool) -> AsyncGenerator[Delta, None]:
+        begun_s = mono_s()
         with self._places(caller, request.n):
             base, tuned, renderer, order, opening = await asyncio.to_thread(self._prepare, caller, request)
+            meter = self._metering.begin(
+                caller, request, base, tuned, prompt_tokens=len(order.prompt_ids), begun_s=begun_s, whole=whole
+            )
             tools = request.conversation.tools if offers_tools(request) else ()
             answers = [
                 answer_deltas(
                     choice,
-                    self._replies(caller, request, base, tuned, _order_of(choice, order)),
+                    self._replies(caller, request, base, tuned, _order_of(choice, order), choice, meter),
                     renderer.answer_parser(tools),
                     renderer,
                     opening=opening,
@@ -55,22 +65,34 @@ class CompletionService:
                 )
                 for choice in range(request.n)
             ]
-            left, completion_tokens = len(answers), 0
-            async with aclosing(answers[0] if len(answers) == 1 else side_by_side(answers)) as deltas:
-                async for delta in deltas:
-                    if isinstance(delta, Finish) and delta.usage is not None:
-                        left, completion_tokens = left - 1, completion_tokens + delta.usage.completion_tokens
-                        usage = Usage(prompt_tokens=len(order.prompt_ids), completion_tokens=completion_tokens)
-                        delta = msgspec.structs.replace(delta, usage=None if left else usage)
-                    yield delta
+            try:
+                async with aclosing(_counted(answers, len(order.prompt_ids), meter)) as deltas:
+                    async for delta in deltas:
+                        yield delta
+            except TunewrightError as error:
+                meter.end(error=error.code)
+                raise
+            except Exception:
+                meter.end(error="internal_error")
+                raise
+            finally:
+                meter.end()  # whoever leaves before the end
 
     async def _replies(
-        self, caller: Caller, request: ChatRequest, base: Base, tuned: TunedModel | None, order: Generate
+        self,
+        caller: Caller,
+        request: ChatRequest,
+        base: Base,
+        tuned: TunedModel | None,
+        order: Generate,
+        choice: int,
+        meter: Meter,
     ) -> AsyncGenerator[TokenText | Done, None]:
         """What the pool says. An adapter that can't be loaded because its model was just deleted is a model not found."""
         try:
             async with aclosing(self._pool.generate(base, tuned, order)) as replies:
                 async for reply in replies:
+                    meter.produced(choice, reply.n_tokens if isinstance(reply, TokenText) else reply.completion_tokens)
                     yield reply
         except InvalidRequest as error:
             if tuned is not None and error.code == "adapter_invalid":
@@ -81,7 +103,7 @@ class CompletionService:
         """All answers at once; raises like `stream`."""
         deltas: list[list[Delta]] = [[] for _ in range(request.n)]
         usage: Usage | None = None
-        async with aclosing(self.stream(caller, request)) as stream:
+        async with aclosing(self._stream(caller, request, whole=True)) as stream:
             async for delta in stream:
                 deltas[delta.choice].append(delta)
                 if isinstance(delta, Finish):
@@ -199,6 +221,29 @@ class CompletionService:
             self._under_way[caller.key_id] -= wanted
             if not self._under_way[caller.key_id]:
                 del self._under_way[caller.key_id]
+
+
+async def _counted(
+    answers: list[AsyncGenerator[Delta, None]], prompt_tokens: int, meter: Meter
+) -> AsyncGenerator[Delta, None]:
+    """The deltas of all answers; the last `Finish` gets the tokens of all, the others none."""
+    left, completion_tokens, first = len(answers), 0, True
+    async with aclosing(answers[0] if len(answers) == 1 else side_by_side(answers)) as deltas:
+        async for delta in deltas:
+            if first:
+                meter.first()
+                await meter.stored()
+                first = False
+            usage = None
+            if isinstance(delta, Finish) and delta.usage is not None:
+                left, completion_tokens = left - 1, completion_tokens + delta.usage.completion_tokens
+                if not left:
+                    usage = Usage(prompt_tokens=prompt_tokens, completion_tokens=completion_tokens)
+                delta = msgspec.structs.replace(delta, usage=usage)
+            yield delta
+            meter.delivered()
+            if usage is not None:
+                meter.end(usage)
 
 
 def _too_long(sentence: str, prompt: int, context: int) -> InvalidRequest:

@@ -50,6 +50,9 @@ class ChatRequest(msgspec.Struct, frozen=True, kw_only=True):
     answer_schema: dict[str, Any] | None = None
     """The JSON schema that the answer has to satisfy; None leaves it free."""
     request_id: str | None = None
+    dialect: str = ""
+    endpoint: str = "/chat/completions"
+    """The route that asked, for the ledger."""
 
 
 class Usage(msgspec.Struct, frozen=True, kw_only=True):

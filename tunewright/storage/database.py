@@ -31,6 +31,7 @@ from tunewright.storage.notifications import Channels, Deliveries
 from tunewright.storage.postgres import PostgresConnections
 from tunewright.storage.sqlite import SqliteConnections
 from tunewright.storage.uploads import Uploads
+from tunewright.storage.usage import Usage
 
 
 class Storage:
@@ -95,6 +96,7 @@ class Transaction:
         self.channels = Channels(connection)
         self.deliveries = Deliveries(connection)
         self.idempotency = Idempotency(connection)
+        self.usage = Usage(connection)
         self.leases = Leases(connection)
 
 

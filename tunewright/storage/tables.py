@@ -285,6 +285,38 @@ deliveries = sa.Table(
     sa.Index("deliveries_metered", "project_id", "metered", "attempted_at"),
 )
 
+usage = sa.Table(
+    "usage",
+    metadata,
+    sa.Column("project_id", ID, sa.ForeignKey("projects.id"), primary_key=True),
+    sa.Column("id", ID, primary_key=True),
+    sa.Column("key_id", ID, nullable=False),
+    sa.Column("model", sa.Text, nullable=False),
+    sa.Column("base_code", sa.Text, nullable=False),
+    sa.Column("tuned_id", sa.Text),
+    sa.Column("deployment_id", sa.Text),
+    sa.Column("request_id", sa.Text, nullable=False),
+    sa.Column("dialect", sa.Text, nullable=False),
+    sa.Column("endpoint", sa.Text, nullable=False),
+    sa.Column("prompt_tokens", sa.BigInteger, nullable=False),
+    sa.Column("completion_tokens", sa.BigInteger, nullable=False),
+    sa.Column("cached_tokens", sa.BigInteger, nullable=False),
+    sa.Column("status", sa.Text, nullable=False),
+    sa.Column("error_code", sa.Text),
+    sa.Column("ttft_ms", sa.BigInteger),
+    sa.Column("duration_ms", sa.BigInteger),
+    sa.Column("created_at", sa.BigInteger, nullable=False),
+    sa.Column("server", sa.Text, nullable=False),
+    sa.Index("usage_page", "project_id", "created_at", "id"),
+    sa.Index("usage_by_age", "created_at"),
+    sa.Index(
+        "usage_running",
+        "server",
+        sqlite_where=sa.text("status = 'running'"),
+        postgresql_where=sa.text("status = 'running'"),
+    ),
+)
+
 leases = sa.Table(
     "leases",
     metadata,

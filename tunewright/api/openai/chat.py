@@ -56,7 +56,7 @@ async def create(request: Request, body: ChatBody, caller: CallerOf, completions
         raise unsupported("modalities")
     usage_chunk = wants_usage(body)
     request_id = exchange_of(request.scope).request_id
-    chat = await beside_large(request, chat_request, body, _sampling(body), ROLES, request_id)
+    chat = await beside_large(request, chat_request, body, _sampling(body), ROLES, request_id, "openai")
     writer = ChunkWriter(chat.model, {}, usage_with_finish=False, usage_chunk=usage_chunk) if body.stream else None
     return await respond(request, completions, caller, chat, writer, {})
 

@@ -52,7 +52,7 @@ async def create(request: Request, body: ChatBody, caller: CallerOf, completions
     if len(request_id) > 256:
         raise invalid("request_id", mark("{field} is too long."))
     usage_chunk = wants_usage(body)
-    chat = await beside_large(request, chat_request, body, _sampling(body), ROLES, request_id)
+    chat = await beside_large(request, chat_request, body, _sampling(body), ROLES, request_id, "zhipu")
     extra: dict[str, Any] = {"request_id": request_id}
     writer = None
     if body.stream:
