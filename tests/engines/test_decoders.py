@@ -12,34 +12,42 @@ from transformers import (
     Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
-    MistralConfig,
-    MistralForCausalLM,
     PreTrainedModel,
     Qwen3Config,
     Qwen3ForCausalLM,
 )
 
-from tests.engines.adapters import BASE_CODE, Reference, request_values
+from tests.engines.adapters import BASE_CODE, Reference, make_adapter, request_values
+from tests.engines.families import FAST_KINDS, family, linears_of
 from tunewright.engines.adapter_files import Adapter, read_adapter
 from tunewright.engines.batch import Part, make_batch
 from tunewright.engines.decoder import Decoder
+from tunewright.engines.fast_decoder import FastDecoder, is_fast
 from tunewright.engines.general import GeneralDecoder
 from tunewright.engines.kv_cache import SlotCache
-from tunewright.engines.llama import LlamaDecoder, is_plain_llama
 from tunewright.engines.loading import load_decoder, load_model
 from tunewright.engines.placement import choose_placement, detect_placement
 from tunewright.errors import Misconfigured
 
+SIZES: dict[str, Any] = {
+    "vocab_size": 300,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 128,
+}
 CPU = choose_placement(cuda=False, cuda_bfloat16=False)
 
 
-@pytest.fixture(params=["general", "llama"])
+@pytest.fixture(params=["general", "fast"])
 def decoder(request: pytest.FixtureRequest, tiny_base: Path) -> Decoder:
     model = load_model(tiny_base, CPU)
     if request.param == "general":
         return GeneralDecoder(model)
-    assert is_plain_llama(model)
-    return LlamaDecoder(model, context_tokens=256)
+    assert is_fast(model)
+    return FastDecoder(model, context_tokens=256)
 
 
 def load(decoder: Decoder, folder: Path) -> Adapter:
@@ -48,8 +56,29 @@ def load(decoder: Decoder, folder: Path) -> Adapter:
     return Adapter(folder.name, tensors, decoder.prepare(pairs))
 
 
-@torch.inference_mode()
 def test_mixed_steps_equal_solo_runs(decoder: Decoder, adapters: list[Path], reference: Reference) -> None:
+    compare_mixed_steps(decoder, adapters, reference)
+
+
+@pytest.mark.parametrize("kind", FAST_KINDS)
+def test_families_equal_transformers_by_both_paths(kind: str, tmp_path: Path) -> None:
+    """The fast path, and the general one beside it, against transformers and PEFT, also with adapters on fused projections."""
+    base = family(kind, tmp_path / "base")
+    linears = linears_of(kind)
+    adapters = [
+        make_adapter(base, tmp_path / "all", seed=1, rank=4, target_modules=linears),
+        make_adapter(base, tmp_path / "some", seed=2, rank=8, target_modules=[linears[0], linears[2], linears[4]]),
+        make_adapter(base, tmp_path / "down", seed=3, rank=2, target_modules=linears[-1:], use_rslora=True),
+    ]
+    reference = Reference(base)
+    fast = load_decoder(base, CPU, 64)
+    assert isinstance(fast, FastDecoder)
+    for decoder in (fast, GeneralDecoder(load_model(base, CPU))):
+        compare_mixed_steps(decoder, adapters, reference)
+
+
+@torch.inference_mode()
+def compare_mixed_steps(decoder: Decoder, adapters: list[Path], reference: Reference) -> None:
     rng = random.Random(0)
     paths: list[Path | None] = [None, adapters[0], adapters[1], None, adapters[2], adapters[0]]
     loaded = {path: load(decoder, path) for path in adapters}
@@ -111,29 +140,33 @@ def test_rows_survive_moves_growth_and_poisoned_neighbours(decoder: Decoder, ref
     torch.testing.assert_close(found[1], reference.logits(None, rows[2])[-1], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("change", ["activation", "rope", "subclass", "norm", "tensor"])
+def test_what_the_fast_path_does_not_know_goes_the_general_way(change: str) -> None:
+    model: Any = Qwen3ForCausalLM(Qwen3Config(**SIZES, num_hidden_layers=2))
+    assert is_fast(model)
+    layer = model.model.layers[1]
+    if change == "activation":
+        model.config.hidden_act = "gelu"
+    elif change == "rope":
+        model.config.rope_parameters["rope_type"] = "dynamic"
+    elif change == "subclass":
+        model.__class__ = type("Other", (Qwen3ForCausalLM,), {})
+    elif change == "norm":
+        del layer.self_attn.k_norm
+    else:
+        layer.self_attn.register_parameter("sinks", torch.nn.Parameter(torch.zeros(4)))
+    assert not is_fast(model)
+
+
 def small(kind: str) -> PreTrainedModel:
-    sizes: dict[str, Any] = {
-        "vocab_size": 300,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "max_position_embeddings": 128,
-    }
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        if kind == "mistral":
-            return MistralForCausalLM(MistralConfig(**sizes, sliding_window=4))
-        if kind == "qwen3":
-            return Qwen3ForCausalLM(Qwen3Config(**sizes))
         if kind == "gemma3":
-            return Gemma3ForCausalLM(Gemma3TextConfig(**sizes, sliding_window=4))
+            return Gemma3ForCausalLM(Gemma3TextConfig(**SIZES, num_hidden_layers=3, sliding_window=4))
         return GPT2LMHeadModel(GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=4, n_positions=64))
 
 
-@pytest.mark.parametrize("kind", ["mistral", "qwen3", "gemma3", "gpt2"])
+@pytest.mark.parametrize("kind", ["gemma3", "gpt2"])
 def test_other_families_pass_the_check_of_loading(kind: str, tmp_path: Path) -> None:
     """Loading compares the slotted decoder with the model's own code; sliding windows are shorter than its prompts."""
     small(kind).save_pretrained(tmp_path)

@@ -8,19 +8,10 @@ from typing import Any
 import msgspec
 import pytest
 import torch
-from transformers import (
-    MistralConfig,
-    MistralForCausalLM,
-    PreTrainedModel,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
 
-from tests.engines.adapters import ATTENTION_AND_MLP, BASE_CODE, Reference, load_reference, make_adapter, sha256
-from tests.tiny_glm import KINDS, tiny_glm
-from tests.tiny_models import tiny_tokenizer
+from tests.engines.adapters import BASE_CODE, Reference, load_reference, make_adapter, sha256
+from tests.engines.families import family, linears_of
+from tests.tiny_glm import tiny_glm
 from tunewright.deployments.merging import MergeOrder, merge_lora
 from tunewright.engines import merging
 from tunewright.engines.merging import merge
@@ -30,7 +21,6 @@ from tunewright.models.whole_models import verify
 from tunewright.runners.local import LocalRunner
 
 PROMPTS = [[1, 5, 6, 7], [1, 9, 30, 31, 32]]
-GLM_LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj"]
 
 
 def order_of(base: Path, adapter: Path, target: Path) -> MergeOrder:
@@ -44,30 +34,6 @@ def order_of(base: Path, adapter: Path, target: Path) -> MergeOrder:
         target=str(target),
         threads=1,
     )
-
-
-def small(kind: str, folder: Path) -> Path:
-    sizes: dict[str, Any] = {
-        "vocab_size": 600,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "dtype": "float32",
-    }
-    tiny_tokenizer(folder)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model: PreTrainedModel
-        if kind == "qwen2":
-            model = Qwen2ForCausalLM(Qwen2Config(**sizes))
-        elif kind == "qwen3":
-            model = Qwen3ForCausalLM(Qwen3Config(**sizes, head_dim=8))
-        else:
-            model = MistralForCausalLM(MistralConfig(**sizes, sliding_window=None, head_dim=8))
-    model.save_pretrained(folder)
-    return folder
 
 
 @pytest.mark.parametrize("place", [0, 1, 2])
@@ -92,11 +58,13 @@ def test_a_merged_model_answers_as_base_and_adapter(
     assert [path.name for path in tmp_path.iterdir()] == ["whole"]
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "qwen2", "qwen3", "mistral"])
+@pytest.mark.parametrize("kind", ["glm", "glm4", "glm4_moe", "qwen2", "qwen3", "mistral"])
 def test_other_families_merge_too(kind: str, tmp_path: Path) -> None:
     """Among them one matrix for gate and up, and experts beside which only attention has adapters."""
-    base = tiny_glm(tmp_path / "base", kind) if kind in KINDS else small(kind, tmp_path / "base")
-    targets = {"glm": GLM_LINEARS, "glm4": GLM_LINEARS, "glm4_moe": GLM_LINEARS[:4]}.get(kind, ATTENTION_AND_MLP)
+    if kind == "glm4_moe":
+        base, targets = tiny_glm(tmp_path / "base", kind), linears_of(kind)[:4]
+    else:
+        base, targets = family(kind, tmp_path / "base"), linears_of(kind)
     adapter = make_adapter(base, tmp_path / "adapter", seed=3, target_modules=targets)
     target = tmp_path / "whole"
     merged = merge(order_of(base, adapter, target), tmp_path)

@@ -10,9 +10,9 @@ from transformers.utils.logging import disable_progress_bar
 
 from tunewright.engines.batch import Part, make_batch
 from tunewright.engines.decoder import Decoder
+from tunewright.engines.fast_decoder import FastDecoder, is_fast
 from tunewright.engines.general import GeneralDecoder
 from tunewright.engines.kv_cache import SlotCache
-from tunewright.engines.llama import LlamaDecoder, is_plain_llama
 from tunewright.engines.placement import Placement
 from tunewright.errors import Misconfigured
 from tunewright.i18n import mark
@@ -39,9 +39,9 @@ def load_decoder(folder: Path, placement: Placement, context_tokens: int) -> Dec
     with torch.inference_mode():
         rows = _rows_for_check(model.get_input_embeddings().weight.shape[0], context_tokens)  # type: ignore[union-attr]
         expected = [model(input_ids=row_1T.to(placement.device)).logits[0, -2:].float() for row_1T in rows]
-        plain = is_plain_llama(model)
+        fast = is_fast(model)
         try:
-            decoder: Decoder = LlamaDecoder(model, context_tokens=context_tokens) if plain else GeneralDecoder(model)
+            decoder: Decoder = FastDecoder(model, context_tokens=context_tokens) if fast else GeneralDecoder(model)
             found = _last_two_logits(decoder, rows)
         except Exception as error:
             raise _unsupported(model) from error
