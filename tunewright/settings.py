@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from tunewright.errors import Misconfigured
@@ -96,6 +96,10 @@ class Settings(BaseSettings):
         default=20, ge=0, description="Requests without a valid key that one address may send; 0: any"
     )
     max_streams_per_key: int = Field(default=50, ge=1, description="Completions one key may have under way")
+    metrics_token: SecretStr = Field(
+        default=SecretStr(""), description="What Prometheus sends as bearer token to read /metrics; empty: nobody may"
+    )
+    metrics_adapters: int = Field(default=100, ge=0, description="Adapters with metrics of their own; others are one")
     usage_kept_days: int = Field(default=400, ge=1, description="How long rows about single requests are kept")
     drain_delay_s: float = Field(default=0.0, ge=0, description="Time between 'not ready' and closing on SIGTERM")
     drain_grace_s: float = Field(default=10.0, ge=0, description="Time that open streams get to end on SIGTERM")

@@ -10,6 +10,7 @@ from tunewright.accounts.service import AccountService
 from tunewright.accounts.usage import UsageLedger, UsageService
 from tunewright.clock import mono_s
 from tunewright.completions.metering import Metering
+from tunewright.completions.metrics import ServingMetrics
 from tunewright.completions.service import CompletionService
 from tunewright.datasets.parted_uploads import PartedUploads
 from tunewright.datasets.service import DatasetService
@@ -79,7 +80,8 @@ class Platform:
         self.models.on_delete = self.pool.forget
         self.ledger = UsageLedger(self.storage, holder_of(self.home.root), settings.usage_kept_days)
         self.usage = UsageService(self.storage)
-        self.metering = Metering(self.ledger)
+        self.metrics = ServingMetrics(self.ledger, settings.metrics_adapters)
+        self.metering = Metering(self.ledger, self.metrics)
         self.completions = CompletionService(self.models, self.pool, settings, self.metering)
         vault = Vault(self.accounts)
         self.sending = Sending(

@@ -10,6 +10,7 @@ from tests.unit.test_models_service import World
 from tunewright.accounts.records import Caller
 from tunewright.accounts.usage import UsageLedger
 from tunewright.completions.metering import Metering
+from tunewright.completions.metrics import ServingMetrics
 from tunewright.completions.service import CompletionService
 from tunewright.completions.vocabulary import ChatRequest, Finish, Sampling, TextDelta
 from tunewright.deployments.ports import Done, Generate, TokenText
@@ -55,7 +56,8 @@ def pool() -> OnePool:
 
 @pytest.fixture
 def service(world: World, pool: OnePool) -> CompletionService:
-    metering = Metering(UsageLedger(world.storage, "server-1", 1))
+    ledger = UsageLedger(world.storage, "server-1", 1)
+    metering = Metering(ledger, ServingMetrics(ledger, 1))
     return CompletionService(world.models, pool, Settings(home=world.home.root), metering)  # type: ignore[arg-type]
 
 

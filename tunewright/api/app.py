@@ -24,6 +24,7 @@ from tunewright.api.native import dataset_tokens as native_dataset_tokens
 from tunewright.api.native import datasets as native_datasets
 from tunewright.api.native import health
 from tunewright.api.native import jobs as native_jobs
+from tunewright.api.native import metrics as native_metrics
 from tunewright.api.native import models as native_models
 from tunewright.api.native import notifications as native_notifications
 from tunewright.api.native import receipts as native_receipts
@@ -65,6 +66,7 @@ ROUTERS = (
     native_notifications.router,
     native_receipts.router,
     native_usage.router,
+    native_metrics.router,
     health.router,
 )
 
@@ -86,7 +88,7 @@ def create_app(platform: Platform) -> FastAPI:
             Middleware(PathCheck),
             Middleware(BodyLimits, settings=settings),
             Middleware(RefusedKeys, settings=settings),
-            Middleware(Gate, accounts=platform.accounts),
+            Middleware(Gate, accounts=platform.accounts, metrics_token=settings.metrics_token),
             Middleware(RequestRate, settings=settings),
         ],
         exception_handlers={HTTPException: _raise_http, RequestValidationError: _raise_validation},  # type: ignore[dict-item]

@@ -4,9 +4,11 @@ It stands before the router and before the body is read, and decides on the same
 A new route is closed until somebody writes it into `PUBLIC`, where the test's golden list will ask why.
 """
 
+import hmac
 from typing import Annotated, Protocol
 
 from fastapi import Depends, Request
+from pydantic import SecretStr
 from starlette.concurrency import run_in_threadpool
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -15,6 +17,7 @@ from tunewright.api.access import exchange_of
 from tunewright.errors import AuthenticationFailed
 from tunewright.i18n import mark
 
+METRICS = ("GET", "/metrics")
 PUBLIC: frozenset[tuple[str, str]] = frozenset({("GET", "/healthz"), ("GET", "/readyz")})
 
 
@@ -27,16 +30,24 @@ class Authenticator(Protocol):
 
 
 class Gate:
-    """ASGI middleware: lets nothing pass without a caller."""
+    """ASGI middleware: lets nothing pass without a caller. The operator's token for metrics opens that path and no other."""
 
-    def __init__(self, app: ASGIApp, accounts: Authenticator) -> None:
+    def __init__(self, app: ASGIApp, accounts: Authenticator, metrics_token: SecretStr) -> None:
         self._app = app
         self._accounts = accounts
+        self._metrics_token = metrics_token.get_secret_value().encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and (scope["method"], scope["path"]) not in PUBLIC:
+        public = scope["type"] != "http" or (scope["method"], scope["path"]) in PUBLIC
+        if not public and not self._is_operator(scope):
             exchange_of(scope).caller = await self._caller(scope)
         await self._app(scope, receive, send)
+
+    def _is_operator(self, scope: Scope) -> bool:
+        if not self._metrics_token or (scope["method"], scope["path"]) != METRICS:
+            return False
+        given = [value for name, value in scope["headers"] if name == b"authorization"]
+        return len(given) == 1 and hmac.compare_digest(given[0], b"Bearer " + self._metrics_token)
 
     async def _caller(self, scope: Scope) -> Caller:
         given = [value for name, value in scope["headers"] if name == b"authorization"]

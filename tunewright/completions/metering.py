@@ -7,6 +7,7 @@ import msgspec
 from tunewright.accounts.records import Caller
 from tunewright.accounts.usage import ERROR, INTERRUPTED, OK, UsageLedger, UsageRow
 from tunewright.clock import mono_s, wall_s
+from tunewright.completions.metrics import Series, ServingMetrics
 from tunewright.completions.vocabulary import ChatRequest, Usage
 from tunewright.ids import new_id
 from tunewright.models.records import Base, TunedModel
@@ -18,12 +19,26 @@ _MOST_WAIT_S = 1.0
 class Meter:
     """Counts one request. Tokens count as delivered when the next ones are asked for; those of a whole answer at its end."""
 
-    def __init__(self, ledger: UsageLedger, row: UsageRow, *, begun_s: float, whole: bool) -> None:
+    def __init__(
+        self,
+        ledger: UsageLedger,
+        metrics: ServingMetrics,
+        series: Series,
+        row: UsageRow,
+        *,
+        begun_s: float,
+        whole: bool,
+    ) -> None:
         self._ledger = ledger
+        self._metrics = metrics
+        self._series = series
         self._opened = ledger.begin(row)
+        series.prompt_tokens.inc(row.prompt_tokens)
+        series.running.inc()
         self._begun_s = begun_s
         self._whole = whole
-        self._produced: dict[int, int] = {}
+        self._produced: dict[int, tuple[int, float]] = {}
+        """Choice -> (tokens so far, when the last came)."""
         self._first_s: float | None = None
         self._ended = False
 
@@ -35,16 +50,24 @@ class Meter:
 
     def produced(self, choice: int, tokens: int) -> None:
         """So many tokens of a choice have come from the engine by now."""
-        self._produced[choice] = tokens
+        now_s = mono_s()
+        before, at_s = self._produced.get(choice, (0, now_s))
+        new = tokens - before
+        if new > 0:
+            self._series.completion_tokens.inc(new)
+            if before:
+                self._series.gap.observe((now_s - at_s) / new)
+            self._produced[choice] = (tokens, now_s)
 
     def first(self) -> None:
         """The first piece of the answer is there."""
         self._first_s = mono_s()
+        self._series.first.observe(self._first_s - self._begun_s)
 
     def delivered(self) -> None:
         """All that was produced is with the caller."""
         if not self._whole:
-            self._opened.delivered = sum(self._produced.values())
+            self._opened.delivered = sum(tokens for tokens, _ in self._produced.values())
 
     def end(self, usage: Usage | None = None, *, error: str | None = None) -> None:
         """Close the row: as answered with `usage`, as failed with the code `error`, else as interrupted. Once."""
@@ -55,12 +78,16 @@ class Meter:
         changes = {"completion_tokens": self._opened.delivered}
         if usage is not None:
             changes = {"completion_tokens": usage.completion_tokens, "cached_tokens": usage.cached_tokens}
+        status = OK if usage is not None else ERROR if error else INTERRUPTED
+        self._series.running.dec()
+        self._series.cached_tokens.inc(changes.get("cached_tokens", 0))
+        self._metrics.ended(self._series, row.endpoint, status)
         self._ledger.end(
             self._opened,
             msgspec.structs.replace(
                 row,
                 **changes,
-                status=OK if usage is not None else ERROR if error else INTERRUPTED,
+                status=status,
                 error_code=error,
                 ttft_ms=None if self._first_s is None else round((self._first_s - self._begun_s) * 1000),
                 duration_ms=round((mono_s() - self._begun_s) * 1000),
@@ -71,8 +98,13 @@ class Meter:
 class Metering:
     """Makes the meters of all requests of this server."""
 
-    def __init__(self, ledger: UsageLedger) -> None:
+    def __init__(self, ledger: UsageLedger, metrics: ServingMetrics) -> None:
         self._ledger = ledger
+        self._metrics = metrics
+
+    def refused(self, code: str) -> None:
+        """A request that no engine was asked."""
+        self._metrics.refused(code)
 
     def begin(
         self,
@@ -100,4 +132,5 @@ class Metering:
             created_at=wall_s(),
             server=self._ledger.server,
         )
-        return Meter(self._ledger, row, begun_s=begun_s, whole=whole)
+        series = self._metrics.of(base.code, tuned.name if tuned else "")
+        return Meter(self._ledger, self._metrics, series, row, begun_s=begun_s, whole=whole)

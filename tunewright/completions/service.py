@@ -48,34 +48,40 @@ class CompletionService:
 
     async def _stream(self, caller: Caller, request: ChatRequest, *, whole: bool) -> AsyncGenerator[Delta, None]:
         begun_s = mono_s()
-        with self._places(caller, request.n):
-            base, tuned, renderer, order, opening = await asyncio.to_thread(self._prepare, caller, request)
-            meter = self._metering.begin(
-                caller, request, base, tuned, prompt_tokens=len(order.prompt_ids), begun_s=begun_s, whole=whole
-            )
-            tools = request.conversation.tools if offers_tools(request) else ()
-            answers = [
-                answer_deltas(
-                    choice,
-                    self._replies(caller, request, base, tuned, _order_of(choice, order), choice, meter),
-                    renderer.answer_parser(tools),
-                    renderer,
-                    opening=opening,
-                    one_call=request.one_call,
+        meter: Meter | None = None
+        try:
+            with self._places(caller, request.n):
+                base, tuned, renderer, order, opening = await asyncio.to_thread(self._prepare, caller, request)
+                meter = self._metering.begin(
+                    caller, request, base, tuned, prompt_tokens=len(order.prompt_ids), begun_s=begun_s, whole=whole
                 )
-                for choice in range(request.n)
-            ]
-            try:
+                tools = request.conversation.tools if offers_tools(request) else ()
+                answers = [
+                    answer_deltas(
+                        choice,
+                        self._replies(caller, request, base, tuned, _order_of(choice, order), choice, meter),
+                        renderer.answer_parser(tools),
+                        renderer,
+                        opening=opening,
+                        one_call=request.one_call,
+                    )
+                    for choice in range(request.n)
+                ]
                 async with aclosing(_counted(answers, len(order.prompt_ids), meter)) as deltas:
                     async for delta in deltas:
                         yield delta
-            except TunewrightError as error:
+        except TunewrightError as error:
+            if meter is None:
+                self._metering.refused(error.code)
+            else:
                 meter.end(error=error.code)
-                raise
-            except Exception:
+            raise
+        except Exception:
+            if meter is not None:
                 meter.end(error="internal_error")
-                raise
-            finally:
+            raise
+        finally:
+            if meter is not None:
                 meter.end()  # whoever leaves before the end
 
     async def _replies(

@@ -20,7 +20,7 @@ import structlog
 
 from tunewright.clock import mono_s
 from tunewright.deployments.full_models import FullOrder, prove_full
-from tunewright.deployments.ports import Done, Generate, Prove, TokenText, WorkerProcess, WorkerSpec
+from tunewright.deployments.ports import Done, Generate, Prove, State, TokenText, WorkerProcess, WorkerSpec
 from tunewright.deployments.worker_client import WorkerClient, WorkerGone, WorkerSlow
 from tunewright.errors import InvalidRequest, TunewrightError, Unavailable
 from tunewright.files_on_disk import write_atomically
@@ -36,6 +36,7 @@ log = structlog.get_logger()
 _WORKER_MODULE = "tunewright.engines.worker"
 _MAX_BACKOFF_S = 30.0
 _PING_EVERY_S = 2.0
+_STATE_LIMIT_S = 1.0
 
 
 class _Worker(msgspec.Struct, frozen=True):
@@ -97,6 +98,12 @@ class Pool:
     def memory_bytes(self) -> int:
         """What the workers hold in memory now."""
         return sum(self._runner.memory_bytes(worker.process.pid) for worker in list(self._workers.values()))
+
+    async def states(self) -> list[State]:
+        """What the workers say of themselves now; one that does not answer within a second is left out."""
+        asked = (worker.client.health(_STATE_LIMIT_S) for worker in list(self._workers.values()))
+        answers = await asyncio.gather(*asked, return_exceptions=True)
+        return [answer for answer in answers if isinstance(answer, State)]
 
     def prove(self, base: Base, model: TunedModel) -> dict[str, Any]:
         """Load the adapter of `model` into the pool and measure its effect on the canary prompts (see jobs/ports.py).

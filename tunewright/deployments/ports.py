@@ -144,6 +144,11 @@ class State(msgspec.Struct, frozen=True, kw_only=True, tag="state"):
     waiting: int
     slots: int
     adapters: list[str]
+    adapter_hits: int = 0
+    """Requests that began, since the worker's start, with an adapter that was not loaded for them."""
+    adapter_loads: int = 0
+    adapter_load_ms: float = 0.0
+    """Of all loads together."""
 
 
 class Trouble(msgspec.Struct, frozen=True, kw_only=True, tag="trouble"):

@@ -75,6 +75,8 @@ class Engine:
         self._wake = False  # guarded by _changed
         self._stopping = False
         self._numbers = 0
+        self._adapter_uses = self._adapter_loads = 0
+        self._adapter_load_ms = 0.0
         self._loader = ThreadPoolExecutor(1, "adapter-loader")
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
 
@@ -139,6 +141,9 @@ class Engine:
             waiting=len(self._waiting),
             slots=self._slots,
             adapters=self._shelf.ids(),
+            adapter_hits=max(0, self._adapter_uses - self._adapter_loads),
+            adapter_loads=self._adapter_loads,
+            adapter_load_ms=self._adapter_load_ms,
         )
 
     def _notify(self) -> None:
@@ -274,6 +279,9 @@ class Engine:
             waiting = list(self._waiting)
         for key, result in loaded:
             self._shelf.end_load(key, result if isinstance(result, Adapter) else None)
+            if isinstance(result, Adapter):
+                self._adapter_loads += 1
+                self._adapter_load_ms += result.load_ms
             if isinstance(result, TunewrightError):
                 for ticket in waiting:
                     if ticket.key == key:
@@ -281,6 +289,7 @@ class Engine:
 
     def _begin(self, ticket: Ticket) -> None:
         adapter = self._shelf.take(ticket.key) if ticket.key else None
+        self._adapter_uses += adapter is not None
         request = ticket.request
         try:
             if isinstance(request, Prove) and adapter is not None:
