@@ -70,6 +70,9 @@ class Generate(msgspec.Struct, frozen=True, kw_only=True, tag="generate"):
     grammar_after: str = ""
     grammar_begun: list[int] = []
     """The last tokens of the prompt that are the beginning of the answer already."""
+    priority: int = 0
+    """0: somebody waits for the answer. Larger numbers come after smaller ones and give way to 0: they are begun only while no
+    such request waits, pause while its prompt is read, and lose their slot to it if there is no other (`engine_yielded`)."""
 
 
 class Prove(msgspec.Struct, frozen=True, kw_only=True, tag="prove"):

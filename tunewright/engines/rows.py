@@ -28,6 +28,11 @@ class Ticket:
     answered: bool = False
     closed: bool = False
 
+    @property
+    def priority(self) -> int:
+        """0 for what somebody waits for."""
+        return self.request.priority if isinstance(self.request, Generate) else 0
+
     def reply(self, *replies: EngineReply) -> None:
         """Hand replies over, unless nobody wants them any more."""
         for reply in replies:
@@ -156,8 +161,13 @@ class RunningRows:
             self.n_decoding += 1
 
     def parts(self, beside_decode: int, alone: int) -> list[tuple[Row, Part]]:
-        """The next step: a token of each decoding row, and prompt tokens up to a budget."""
-        chosen = [(row, row.next_part(slot, 1)) for slot, row in enumerate(self.rows[: self.n_decoding])]
+        """The next step: a token of each decoding row, and prompt tokens up to a budget. While a prompt that somebody waits
+        for is read, answers pause that nobody waits for."""
+        decoding = self.rows[: self.n_decoding]
+        urgent = any(row.ticket.priority == 0 for row in self.rows[self.n_decoding :])
+        if urgent and all(row.ticket.priority for row in decoding):
+            decoding = []
+        chosen = [(row, row.next_part(slot, 1)) for slot, row in enumerate(decoding)]
         budget = beside_decode if chosen else alone
         for slot in range(self.n_decoding, len(self.rows)):
             if budget <= 0:
@@ -166,6 +176,15 @@ class RunningRows:
             budget -= len(part.tokens)
             chosen.append((self.rows[slot], part))
         return chosen
+
+    def to_put_back(self) -> list[Row]:
+        """Rows of low priority that have not answered yet."""
+        return [row for row in self.rows[self.n_decoding :] if row.ticket.priority]
+
+    def to_give_up(self, count: int) -> list[Row]:
+        """At most `count` rows of low priority, the lowest and newest first."""
+        found = [row for row in self.rows if row.ticket.priority]
+        return sorted(found, key=lambda row: (row.ticket.priority, row.ticket.number), reverse=True)[:count]
 
     def reserve(self, chosen: list[tuple[Row, Part]]) -> None:
         """Make room in the cache for a step."""

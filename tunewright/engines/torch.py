@@ -212,8 +212,9 @@ class Engine:
 
     def _admit(self) -> None:
         self._take_loaded()
+        self._make_way()
         with self._changed:
-            waiting = list(self._waiting)
+            waiting = sorted(self._waiting, key=lambda ticket: ticket.priority)
         barriers = self._unload(waiting)
         candidates = [
             ticket
@@ -222,6 +223,8 @@ class Engine:
             and not ticket.closed
             and not (ticket.key and barriers.get(ticket.key.adapter_id, math.inf) < ticket.number)
         ]
+        if self._is_urgent(candidates):
+            candidates = [ticket for ticket in candidates if not ticket.priority]
         wants = [Want(ticket.key, isinstance(ticket.request, Generate)) for ticket in candidates]
         decision = self._shelf.decide(wants, self._slots - len(self._running.rows))
         for index in decision.admit:
@@ -236,6 +239,28 @@ class Engine:
         gone = {id(candidates[index]) for index in decision.admit}
         with self._changed:
             self._waiting = [ticket for ticket in self._waiting if id(ticket) not in gone and not ticket.closed]
+
+    def _is_urgent(self, waiting: list[Ticket]) -> bool:
+        """Whether somebody waits for the first token of an answer."""
+        reading = self._running.rows[self._running.n_decoding :]
+        return any(not row.ticket.priority for row in reading) or any(not ticket.priority for ticket in waiting)
+
+    def _make_way(self) -> None:
+        """Take from work of low priority what requests that somebody waits for need: the turn of its prompts, and slots."""
+        with self._changed:
+            wanted = sum(not t.priority and isinstance(t.request, Generate) and not t.closed for t in self._waiting)
+        if not wanted:
+            return
+        back = self._running.to_put_back()
+        for row in back:
+            self._end(row)
+        with self._changed:
+            self._waiting = sorted([*self._waiting, *(row.ticket for row in back)], key=lambda ticket: ticket.number)
+        for row in self._running.to_give_up(wanted - (self._slots - len(self._running.rows))):
+            row.ticket.fail(
+                Unavailable("engine_yielded", mark("The engine had to make room for more urgent requests; try again."))
+            )
+            self._end(row)
 
     def _unload(self, waiting: list[Ticket]) -> dict[str, int]:
         """Forget adapters whose users have all ended; returns adapter id -> number of the `Unload` that still waits.

@@ -1,0 +1,111 @@
+"""Requests that somebody waits for are not held up by those that nobody does."""
+
+import random
+import time
+from pathlib import Path
+
+import torch
+
+from tests.engines.adapters import Reference, request_values
+from tests.engines.engine_worker import generate_request
+from tests.engines.test_engine import (  # noqa: F401  # fixtures
+    SMALL_STEPS,
+    Call,
+    Factory,
+    engine_of,
+    expected,
+    renderer,
+    tiny_decoder,
+)
+from tunewright.deployments.ports import Done, TokenText, Trouble
+from tunewright.engines.batch import Batch
+from tunewright.engines.decoder import Decoder
+from tunewright.engines.kv_cache import SlotCache
+from tunewright.rendering.renderer import Renderer
+
+
+class Slow:
+    """A decoder whose steps can be counted, and overtaken."""
+
+    def __init__(self, inner: Decoder) -> None:
+        self._inner = inner
+        self.device = inner.device
+        self.n_embeddings = inner.n_embeddings
+        self.linears = inner.linears
+        self.prepare = inner.prepare
+        self.steps = 0
+
+    def logits(self, batch: Batch, cache: SlotCache) -> torch.Tensor:
+        time.sleep(0.005)
+        self.steps += 1
+        return self._inner.logits(batch, cache)
+
+
+STOPS = frozenset({0, 2})
+PROMPT = 40
+STEPS_ALONE = -(-PROMPT // SMALL_STEPS.prompt_tokens_alone)
+
+
+def test_an_urgent_request_waits_for_one_step_at_most(
+    tiny_decoder: Decoder,  # noqa: F811
+    adapters: list[Path],
+    reference: Reference,
+    renderer: Renderer,  # noqa: F811
+    engine_of: Factory,  # noqa: F811
+) -> None:
+    """All slots are taken by background work, read and answered, and more of it waits."""
+    rng = random.Random(3)
+    slow = Slow(tiny_decoder)
+    engine = engine_of(slow, SMALL_STEPS, slots=4, adapters=3, queue=100)
+
+    def prompt() -> list[int]:
+        return [rng.randrange(3, renderer.vocabulary_size) for _ in range(PROMPT)]
+
+    background = []
+    for number in range(16):
+        path = adapters[number % 3] if number % 2 else None
+        request = generate_request(
+            prompt_ids=prompt(), max_tokens=40, stop_ids=[0, 2], priority=2, **request_values(path)
+        )
+        background.append((Call(engine, request), request, path))
+    for _ in range(6):
+        time.sleep(rng.random() * 0.1)
+        wanted = prompt()
+        before = slow.steps
+        call = Call(engine, generate_request(prompt_ids=wanted, max_tokens=3, stop_ids=[0, 2]))
+        first = call.replies.get(timeout=60)
+        taken = slow.steps - before
+        if isinstance(first, TokenText):  # one step may have been under way, and one more begun before we looked
+            call.text = first.text
+            assert taken <= STEPS_ALONE + 2
+            assert isinstance(call.last(), Done)
+        assert call.text == expected(reference, renderer, None, wanted, 3, STOPS)[0]
+    yielded = 0
+    for call, request, path in background:
+        done = call.last()
+        while isinstance(done, Trouble):
+            assert done.code == "engine_yielded"
+            yielded += 1
+            call = Call(engine, request)
+            done = call.last()
+        answer = (call.text, done.completion_tokens, done.reason)  # type: ignore[union-attr]
+        assert answer == expected(reference, renderer, path, request.prompt_ids, 40, STOPS)
+    assert yielded, "slots were given up, or the test did not fill them"
+    assert engine.state().active == 0
+
+
+def test_the_lowest_priority_begins_last(tiny_decoder: Decoder, engine_of: Factory) -> None:  # noqa: F811
+    slow = Slow(tiny_decoder)
+    engine = engine_of(slow, SMALL_STEPS, slots=1, adapters=1, queue=100)
+    ends: list[int] = []
+
+    def submit(priority: int) -> None:
+        request = generate_request(prompt_ids=[5] * 12, max_tokens=2, priority=priority)
+        engine.submit(request, lambda reply: ends.append(priority) if isinstance(reply, Done) else None)
+
+    for priority in (2, 2, 1, 1, 2):
+        submit(priority)
+    deadline = time.monotonic() + 60
+    while len(ends) < 5 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert ends[-3:] == [2, 2, 2] and sorted(ends) == [1, 1, 2, 2, 2], ends
