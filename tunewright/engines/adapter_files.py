@@ -10,7 +10,7 @@ import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -18,6 +18,9 @@ from safetensors.torch import load as load_tensors
 
 from tunewright.errors import InvalidRequest, quote
 from tunewright.i18n import mark
+
+if TYPE_CHECKING:
+    from tunewright.engines.stacks import Seat
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -53,22 +56,16 @@ class Pair(NamedTuple):
     scale: float
 
 
-class Factors(NamedTuple):
-    """One or more pairs made ready for rows of activations: y += (x @ down_IR) @ up_RO. `tensors` of the file are in it."""
-
-    down_IR: torch.Tensor
-    up_RO: torch.Tensor
-    tensors: int
-
-
 @dataclass(eq=False)
 class Adapter:
-    """A loaded adapter: for each layer of the decoder that it changes, the factors to add. `tensors` counts the file's."""
+    """A loaded adapter, whose factors lie in `seat`. `tensors` counts the file's."""
 
     adapter_id: str
     tensors: int
-    factors: dict[str, Factors]
+    seat: "Seat"
     load_ms: float = 0.0
+    used: set[str] | None = None
+    """Collects the names of the projections that were changed by it, if somebody wants to know."""
 
 
 def read_adapter(

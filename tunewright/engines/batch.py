@@ -54,7 +54,8 @@ class Group(NamedTuple):
 
 @dataclass
 class Batch:
-    """All that a forward pass needs to know. Rows of the base come first, then rows of each adapter together.
+    """All that a forward pass needs to know. Decoding rows come first: those of the base, then those of each adapter together,
+    adapters that are neighbours in memory side by side. Then prompts in the same order.
 
     `decode_tokens_B` are the indices of the decoding rows' tokens, in the order of `decode_slots_B`.
     """
@@ -77,7 +78,7 @@ class Batch:
 
 def make_batch(parts: list[Part], device: str) -> Batch:
     """Lay out one step. Raises ValueError if the slots of decoding parts do not lie side by side."""
-    order = sorted(range(len(parts)), key=lambda i: (parts[i].adapter is not None, id(parts[i].adapter), i))
+    order = sorted(range(len(parts)), key=lambda i: (*_place(parts[i]), i))
     ids: list[int] = []
     positions: list[int] = []
     decode: list[tuple[int, int, int]] = []
@@ -96,7 +97,7 @@ def make_batch(parts: list[Part], device: str) -> Batch:
         else:
             chunks.append(Chunk(start, end, part.slot, part.offset))
         if part.adapter is not None:
-            if segments and segments[-1].adapter is part.adapter:
+            if segments and segments[-1].adapter is part.adapter and segments[-1].end == start:
                 start = segments.pop().start
             segments.append(Segment(start, end, part.adapter))
         if part.wants_logits:
@@ -121,6 +122,10 @@ def make_batch(parts: list[Part], device: str) -> Batch:
         wanted_W=torch.tensor(wanted, dtype=torch.long, device=device),
         wanted_order=wanted_order,
     )
+
+
+def _place(part: Part) -> tuple[bool, tuple[int, int]]:
+    return not part.decoding, (0, 0) if part.adapter is None else part.adapter.seat.order
 
 
 def _groups(lengths: list[int], first: int) -> list[Group]:

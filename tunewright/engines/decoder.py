@@ -4,9 +4,10 @@ from typing import Protocol
 
 import torch
 
-from tunewright.engines.adapter_files import Factors, Pair
+from tunewright.engines.adapter_files import Pair
 from tunewright.engines.batch import Batch
 from tunewright.engines.kv_cache import SlotCache
+from tunewright.engines.stacks import Seat
 
 
 class Decoder(Protocol):
@@ -18,8 +19,8 @@ class Decoder(Protocol):
     linears: dict[str, tuple[int, int]]
     """Module name, as in PEFT's tensor names, -> (in, out) features of every layer that an adapter may change."""
 
-    def prepare(self, pairs: dict[str, Pair]) -> dict[str, Factors]:
-        """Bring an adapter's pairs into the form that `logits` uses. May run on another thread."""
+    def prepare(self, pairs: dict[str, Pair]) -> Seat:
+        """Put an adapter's pairs where `logits` finds them. May run on another thread, once at a time."""
         ...
 
     def logits(self, batch: Batch, cache: SlotCache) -> torch.Tensor:

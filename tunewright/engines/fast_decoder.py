@@ -23,9 +23,10 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from tunewright.engines.adapter_files import Factors, Pair
-from tunewright.engines.batch import Batch, Segment
+from tunewright.engines.adapter_files import Pair
+from tunewright.engines.batch import Batch
 from tunewright.engines.kv_cache import SlotCache
+from tunewright.engines.stacks import Joint, Seat, Stacks, add_changes, joints_of
 
 _FAMILIES = (
     LlamaForCausalLM,
@@ -127,6 +128,12 @@ class FastDecoder:
         self._cos_CD, self._sin_CD = self._rotation_table(inner.rotary_emb, context_tokens)
         self.linears: dict[str, tuple[int, int]] = {}
         self._layers = [self._take_layer(f"model.layers.{i}", layer) for i, layer in enumerate(inner.layers)]
+        merged = {
+            f"{layer.name}.{name}": tuple(f"{layer.name}.{part}" for part in parts)
+            for layer in self._layers
+            for name, parts in self._merged.items()
+        }
+        self._stacks = Stacks(merged, self.linears, torch.empty(0, dtype=self.dtype, device=self.device))
         head: Any = model.get_output_embeddings()
         self._head = linear_product(head.weight.detach())
 
@@ -170,31 +177,9 @@ class FastDecoder:
             *products.values(),
         )
 
-    def prepare(self, pairs: dict[str, Pair]) -> dict[str, Factors]:
-        """Factors of the merged projections: downs side by side, ups on a block diagonal."""
-        merged_factors: dict[str, Factors] = {}
-        for layer in self._layers:
-            for merged, parts in self._merged.items():
-                names = [f"{layer.name}.{part}" for part in parts]
-                present = [pairs[name] for name in names if name in pairs]
-                if not present:
-                    continue
-                width = sum(self.linears[name][1] for name in names)
-                up_RO = torch.zeros(sum(pair.down.shape[0] for pair in present), width)
-                row = column = 0
-                for name in names:
-                    out = self.linears[name][1]
-                    if name in pairs:
-                        pair = pairs[name]
-                        rank = pair.down.shape[0]
-                        up_RO[row : row + rank, column : column + out] = (pair.up * pair.scale).t()
-                        row += rank
-                    column += out
-                down_IR = torch.cat([pair.down for pair in present]).t().contiguous()
-                merged_factors[f"{layer.name}.{merged}"] = Factors(
-                    down_IR.to(self.device, self.dtype), up_RO.to(self.device, self.dtype), tensors=2 * len(present)
-                )
-        return merged_factors
+    def prepare(self, pairs: dict[str, Pair]) -> Seat:
+        """Put an adapter where `logits` finds it."""
+        return self._stacks.seat(pairs)
 
     def logits(self, batch: Batch, cache: SlotCache) -> torch.Tensor:
         """Run one step; returns float32 logits [W, vocabulary] of the wanted tokens."""
@@ -202,16 +187,17 @@ class FastDecoder:
         x_TE = functional.embedding(batch.input_ids_T, self._embedding_VE)
         cos_T1D = self._cos_CD[batch.positions_T][:, None]
         sin_T1D = self._sin_CD[batch.positions_T][:, None]
+        joints = joints_of(batch.segments, self.device)
         for index, layer in enumerate(self._layers):
             h_TE = functional.rms_norm(x_TE, size_E, layer.attention_norm_E, self._eps)
-            attended_TE = self._attention(index, layer, h_TE, cos_T1D, sin_T1D, batch, cache)
-            out_TE = _project(layer.o, attended_TE, f"{layer.name}.self_attn.o", batch.segments)
+            attended_TE = self._attention(index, layer, h_TE, cos_T1D, sin_T1D, joints, batch, cache)
+            out_TE = _project(layer.o, attended_TE, f"{layer.name}.self_attn.o", joints)
             x_TE = x_TE + self._normed(out_TE, layer.after_attention_norm_E)
             h_TE = functional.rms_norm(x_TE, size_E, layer.mlp_norm_E, self._eps)
-            gate_up_T2F = _project(layer.gate_up, h_TE, f"{layer.name}.mlp.gate_up", batch.segments)
+            gate_up_T2F = _project(layer.gate_up, h_TE, f"{layer.name}.mlp.gate_up", joints)
             gate_TF, up_TF = gate_up_T2F.chunk(2, dim=-1)
             h_TF = functional.silu(gate_TF).mul_(up_TF)
-            out_TE = _project(layer.down, h_TF, f"{layer.name}.mlp.down", batch.segments)
+            out_TE = _project(layer.down, h_TF, f"{layer.name}.mlp.down", joints)
             x_TE = x_TE.add_(self._normed(out_TE, layer.after_mlp_norm_E))
         x_WE = functional.rms_norm(x_TE[batch.wanted_W], size_E, self._norm_E, self._eps)
         return self._head(x_WE).float()
@@ -223,10 +209,11 @@ class FastDecoder:
         h_TE: torch.Tensor,
         cos_T1D: torch.Tensor,
         sin_T1D: torch.Tensor,
+        joints: list[Joint],
         batch: Batch,
         cache: SlotCache,
     ) -> torch.Tensor:
-        qkv = _project(layer.qkv, h_TE, f"{layer.name}.self_attn.qkv", batch.segments)
+        qkv = _project(layer.qkv, h_TE, f"{layer.name}.self_attn.qkv", joints)
         heads_TAD = qkv.view(h_TE.shape[0], self._n_q + 2 * self._n_kv, self._head_size)
         turned_TAD = heads_TAD[:, : self._n_q + self._n_kv]  # queries and keys turn together
         if layer.turned_norm_AD is not None:
@@ -256,11 +243,8 @@ def _joined(weights: dict[str, torch.Tensor], parts: tuple[str, ...]) -> tuple[t
     return weight_OI, torch.cat(each)
 
 
-def _project(product: Product, x_TI: torch.Tensor, name: str, segments: list[Segment]) -> torch.Tensor:
-    """x @ weight.T plus each segment's adapter, for layer `name`."""
+def _project(product: Product, x_TI: torch.Tensor, name: str, joints: list[Joint]) -> torch.Tensor:
+    """x @ weight.T plus what the adapters add, for projection `name`."""
     y_TO = product(x_TI)
-    for start, end, adapter in segments:
-        factors = adapter.factors.get(name)
-        if factors is not None:
-            y_TO[start:end].addmm_(x_TI[start:end] @ factors.down_IR, factors.up_RO)
+    add_changes(name, x_TI, y_TO, joints)
     return y_TO

@@ -13,9 +13,10 @@ from torch import nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from tunewright.engines.adapter_files import Factors, Pair
-from tunewright.engines.batch import Batch, Segment
+from tunewright.engines.adapter_files import Pair
+from tunewright.engines.batch import Batch
 from tunewright.engines.kv_cache import SlotCache
+from tunewright.engines.stacks import Joint, Seat, Stacks, add_changes, joints_of
 
 ATTENTION = "tunewright"
 
@@ -92,7 +93,7 @@ class _StepCache(Cache):
 class LoraLinear(nn.Module):
     """A linear layer of the base plus the update of each segment's adapter. Rows outside segments are not touched."""
 
-    def __init__(self, name: str, linear: nn.Linear, active: "list[Segment]") -> None:
+    def __init__(self, name: str, linear: nn.Linear, active: list[Joint]) -> None:
         super().__init__()
         self.name = name
         self.linear = linear
@@ -110,16 +111,8 @@ class LoraLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.linear(x)
         if self._active:
-            add_updates(self.name, x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1]), self._active)
+            add_changes(self.name, x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1]), self._active)
         return y
-
-
-def add_updates(name: str, x_TI: torch.Tensor, y_TO: torch.Tensor, segments: list[Segment]) -> None:
-    """Add, in place, what each segment's adapter says for layer `name`."""
-    for start, end, adapter in segments:
-        factors = adapter.factors.get(name)
-        if factors is not None:
-            y_TO[start:end].addmm_(x_TI[start:end] @ factors.down_IR, factors.up_RO)
 
 
 def adaptable_linears(model: PreTrainedModel) -> dict[str, nn.Linear]:
@@ -133,7 +126,7 @@ class GeneralDecoder:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
-        self._segments: list[Segment] = []
+        self._joints: list[Joint] = []
         self.device = str(model.device)
         self.dtype = model.dtype
         # Releases of transformers before 5.24 call it past_key_values, as some models of later ones do.
@@ -145,30 +138,25 @@ class GeneralDecoder:
         AttentionInterface.register(ATTENTION, _attention)
         model.set_attn_implementation(ATTENTION)
         self.linears = self._wrap_linears()
+        like = torch.empty(0, dtype=self.dtype, device=self.device)
+        self._stacks = Stacks({name: (name,) for name in self.linears}, self.linears, like)
 
     def _wrap_linears(self) -> dict[str, tuple[int, int]]:
         """Wrap every layer that an adapter may change; returns module name -> (in, out) features."""
         found = adaptable_linears(self._model)
         for name, linear in found.items():
             parent, _, child = name.rpartition(".")
-            setattr(self._model.get_submodule(parent), child, LoraLinear(name, linear, self._segments))
+            setattr(self._model.get_submodule(parent), child, LoraLinear(name, linear, self._joints))
         return {name: (linear.in_features, linear.out_features) for name, linear in found.items()}
 
-    def prepare(self, pairs: dict[str, Pair]) -> dict[str, Factors]:
-        """Factors on the right device, by the names that `logits` looks up."""
-        return {
-            name: Factors(
-                pair.down.t().contiguous().to(self.device, self.dtype),
-                (pair.up * pair.scale).t().contiguous().to(self.device, self.dtype),
-                tensors=2,
-            )
-            for name, pair in pairs.items()
-        }
+    def prepare(self, pairs: dict[str, Pair]) -> Seat:
+        """Put an adapter where `logits` finds it."""
+        return self._stacks.seat(pairs)
 
     def logits(self, batch: Batch, cache: SlotCache) -> torch.Tensor:
         """Run one step; returns float32 logits [W, vocabulary] of the wanted tokens."""
         step = Step(batch, cache)
-        self._segments[:] = batch.segments
+        self._joints[:] = joints_of(batch.segments, self.device)
         try:
             output = self._model(
                 input_ids=batch.input_ids_T[None],
@@ -179,5 +167,5 @@ class GeneralDecoder:
                 tunewright_step=step,
             )
         finally:
-            self._segments.clear()
+            self._joints.clear()
         return output.logits[0].float()

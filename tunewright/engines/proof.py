@@ -3,26 +3,13 @@
 import torch
 
 from tunewright.deployments.ports import Proof, Prove
-from tunewright.engines.adapter_files import Adapter, Factors, adapter_invalid
+from tunewright.engines.adapter_files import Adapter, adapter_invalid
 from tunewright.engines.batch import Part, make_batch
 from tunewright.engines.decoder import Decoder
 from tunewright.engines.kv_cache import SlotCache
 from tunewright.engines.rows import Ticket
 from tunewright.errors import InvalidRequest
 from tunewright.i18n import mark
-
-
-class _Watched(dict[str, Factors]):
-    """Factors that note which of them a forward pass asked for."""
-
-    def __init__(self, factors: dict[str, Factors]) -> None:
-        super().__init__(factors)
-        self.used: set[str] = set()
-
-    def get(self, key: str, default: Factors | None = None) -> Factors | None:  # type: ignore[override]
-        if key in self:
-            self.used.add(key)
-        return super().get(key, default)
 
 
 class Probe:
@@ -36,8 +23,8 @@ class Probe:
         self.ticket = ticket
         self._prompts = request.prompts
         self._original = adapter
-        self._watched = _Watched(adapter.factors)
-        self._adapter = Adapter(adapter.adapter_id, adapter.tensors, self._watched)
+        self._used: set[str] = set()
+        self._adapter = Adapter(adapter.adapter_id, adapter.tensors, adapter.seat, used=self._used)
         self._cache = SlotCache(slots=1, context_tokens=max(len(prompt) for prompt in request.prompts))
         self._place = 0
         self._offset = 0
@@ -75,7 +62,7 @@ class Probe:
 
     def _conclude(self) -> Proof:
         tensors = self._original.tensors
-        applied = sum(self._watched[name].tensors for name in self._watched.used)
+        applied = self._original.seat.stack.tensors(self._used)
         if applied < tensors or self._max_shift == 0:
             raise InvalidRequest(
                 "no_effect",
