@@ -25,8 +25,9 @@ _FAST = {
 class LiveServer:
     """Start, kill and start again; `api()` is a plain HTTP client with the first key."""
 
-    def __init__(self, home: Path, **settings: str) -> None:
+    def __init__(self, home: Path, *, module: str = "tunewright.cli", **settings: str) -> None:
         self.home = home
+        self._command = [sys.executable, "-m", module]
         self.log = home.parent / f"{home.name}.log"
         self._environment = {**os.environ, **_FAST, **settings}
         self._process: subprocess.Popen[str] | None = None
@@ -44,7 +45,7 @@ class LiveServer:
         """Serve, and return when the server says that it is ready."""
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
-                [*TUNEWRIGHT, "serve", "--home", str(self.home), "--port", str(port)],
+                [*self._command, "serve", "--home", str(self.home), "--port", str(port)],
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,

@@ -86,12 +86,21 @@ class Settings(BaseSettings):
     engine_silence_limit_s: float = Field(
         default=8.0, gt=0, description="An engine worker that says nothing for this long is killed"
     )
+    engine_step_limit_s: float = Field(
+        default=60.0, gt=0, description="An engine worker that stays in one step for this long is killed"
+    )
+    first_token_limit_s: float = Field(
+        default=30.0, ge=0, description="A request whose answer has not begun after this is refused; 0: any"
+    )
     max_messages_per_day: int = Field(
         default=200, ge=0, description="Messages of one project in 24 hours through SMS, chat and mail services"
     )
     max_completion_tokens: int = Field(default=1024, ge=1, description="Answer length when a request names none")
     max_requests_per_minute: int = Field(default=600, ge=0, description="Requests of one key in the long run; 0: any")
     request_burst: int = Field(default=60, ge=1, description="Requests that one key may send at once")
+    max_tokens_per_minute: int = Field(
+        default=0, ge=0, description="Tokens of one key in the long run, prompts and answers together; 0: any"
+    )
     max_refused_keys_per_minute: int = Field(
         default=20, ge=0, description="Requests without a valid key that one address may send; 0: any"
     )

@@ -6,14 +6,14 @@ from pathlib import Path
 import pytest
 
 from tests.api.world import PREFIXES, World
-from tunewright.api import limits
-from tunewright.api.limits import Buckets
+from tunewright.accounts import rates
+from tunewright.accounts.rates import Buckets
 
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     now = [1000.0]
-    monkeypatch.setattr(limits, "mono_s", lambda: now[0])
+    monkeypatch.setattr(rates, "mono_s", lambda: now[0])
     return now
 
 
@@ -25,7 +25,7 @@ def limited(tmp_path: Path) -> Iterator[World]:
 
 
 async def test_a47_a_key_that_asks_too_often_waits(limited: World, clock: list[float]) -> None:
-    for prefix, code in zip(PREFIXES, ("1302", "rate_limit_exceeded"), strict=True):
+    for prefix, code in zip(PREFIXES, ("1303", "rate_limit_exceeded"), strict=True):
         clock[0] += 60
         async with limited.client() as client, limited.client(limited.other_key) as other:
             for left in ("2", "1", "0"):
@@ -56,7 +56,7 @@ async def test_a47_an_address_that_guesses_keys_waits_and_right_keys_do_not(limi
 
 
 def test_buckets_fill_up_again_and_stay_few(clock: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(limits, "_MOST_NAMES", 10)
+    monkeypatch.setattr(rates, "_MOST_NAMES", 10)
     buckets = Buckets(per_minute=60, burst=2)
     for number in range(100):
         assert buckets.take(str(number)) == (1, 0.0)
@@ -67,4 +67,8 @@ def test_buckets_fill_up_again_and_stay_few(clock: list[float], monkeypatch: pyt
     assert buckets.take("a") == (0, 1.0)
     clock[0] += 3600
     assert buckets.take("a") == (1, 0.0)
+    assert buckets.spend("a", 120) == 0
+    assert buckets.wait_s("a") == 120.0, "what was taken beyond the level is paid back"
+    clock[0] += 120
+    assert buckets.wait_s("a") == 0.0
     assert [Buckets(0, 1).take("a") for _ in range(3)] == [(1, 0.0)] * 3

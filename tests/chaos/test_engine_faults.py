@@ -43,7 +43,7 @@ from tunewright.runners.local import LocalRunner
 from tunewright.settings import HomeFolder, Settings
 
 SILENCE_LIMIT_S = 2.0
-IDLE_EXIT_S = 3.0
+IDLE_EXIT_S = 5.0
 
 
 def lives(process: WorkerProcess) -> bool:

@@ -30,6 +30,11 @@ class OnePool:
         self.error: TunewrightError | None = None
         self.before = lambda: None
         self.asked: list[Generate] = []
+        self.full: TunewrightError | None = None
+
+    def check_room(self, base: Base) -> None:
+        if self.full is not None:
+            raise self.full
 
     async def generate(
         self, base: Base, tuned: TunedModel | None, request: Generate

@@ -8,38 +8,11 @@ import math
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from tunewright.accounts.rates import Buckets
 from tunewright.api.access import exchange_of
-from tunewright.clock import mono_s
 from tunewright.errors import AuthenticationFailed, RateLimited
 from tunewright.i18n import mark
 from tunewright.settings import Settings
-
-_MOST_NAMES = 10_000
-
-
-class Buckets:
-    """For each name `burst` at once and `per_minute` in the long run; 0 per minute means no limit."""
-
-    def __init__(self, per_minute: int, burst: int) -> None:
-        self.per_minute = per_minute
-        self._burst = burst
-        self._levels: dict[str, tuple[float, float]] = {}
-
-    def take(self, name: str) -> tuple[int, float]:
-        """How many are left, and how many seconds until there is one if there was none (else 0)."""
-        if not self.per_minute:
-            return self._burst, 0.0
-        level, now = self._level(name), mono_s()
-        if len(self._levels) >= _MOST_NAMES:
-            self._levels = {other: kept for other, kept in self._levels.items() if self._level(other) < self._burst}
-        if level < 1:
-            return 0, (1 - level) * 60 / self.per_minute
-        self._levels[name] = (level - 1, now)
-        return int(level - 1), 0.0
-
-    def _level(self, name: str) -> float:
-        level, at = self._levels.get(name, (float(self._burst), 0.0))
-        return min(self._burst, level + (mono_s() - at) * self.per_minute / 60)
 
 
 class RefusedKeys:

@@ -1,6 +1,7 @@
 """From a chat request to a stream of deltas: resolve the model, render the prompt, let the pool answer, parse the answer."""
 
 import asyncio
+import math
 from collections import Counter
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing, contextmanager
@@ -9,6 +10,7 @@ from typing import Any
 
 import msgspec
 
+from tunewright.accounts.rates import Buckets
 from tunewright.accounts.records import Caller
 from tunewright.clock import mono_s
 from tunewright.completions.answer_formats import answer_grammar, offers_tools
@@ -17,7 +19,7 @@ from tunewright.completions.metering import Meter, Metering
 from tunewright.completions.vocabulary import ChatRequest, Completion, Delta, Finish, Usage
 from tunewright.deployments.pool import Pool
 from tunewright.deployments.ports import Done, Generate, TokenText
-from tunewright.errors import Conflict, InvalidRequest, RateLimited, TunewrightError
+from tunewright.errors import Conflict, InvalidRequest, RateLimited, TunewrightError, Unavailable
 from tunewright.i18n import mark
 from tunewright.ids import new_id
 from tunewright.models.records import FULL, Base, TunedModel
@@ -36,13 +38,14 @@ class CompletionService:
         self._settings = settings
         self._metering = metering
         self._under_way: Counter[str] = Counter()
+        self._tokens = Buckets(settings.max_tokens_per_minute, settings.max_tokens_per_minute)
 
     def stream(self, caller: Caller, request: ChatRequest) -> AsyncGenerator[Delta, None]:
         """The deltas of all choices, a `Finish` at the end of each.
 
         Everything that the caller did wrong is raised before the first delta: NotFound (`model_not_found`), InvalidRequest
-        (`context_length_exceeded`, `invalid_value`, ...), RateLimited (`concurrency_limit`), Unavailable. Closing the
-        iterator frees the engine's slots.
+        (`context_length_exceeded`, `invalid_value`, ...), RateLimited (`concurrency_limit`, `token_rate_exceeded`), Unavailable.
+        Closing the iterator frees the engine's slots.
         """
         return self._stream(caller, request, whole=False)
 
@@ -50,8 +53,10 @@ class CompletionService:
         begun_s = mono_s()
         meter: Meter | None = None
         try:
+            self._check_token_rate(caller)
             with self._places(caller, request.n):
                 base, tuned, renderer, order, opening = await asyncio.to_thread(self._prepare, caller, request)
+                self._tokens.spend(caller.key_id, len(order.prompt_ids))
                 meter = self._metering.begin(
                     caller, request, base, tuned, prompt_tokens=len(order.prompt_ids), begun_s=begun_s, whole=whole
                 )
@@ -95,18 +100,30 @@ class CompletionService:
         meter: Meter,
     ) -> AsyncGenerator[TokenText | Done, None]:
         """What the pool says. An adapter that can't be loaded because its model was just deleted is a model not found."""
+        tokens = 0
         try:
             async with aclosing(self._pool.generate(base, tuned, order)) as replies:
                 async for reply in replies:
-                    meter.produced(choice, reply.n_tokens if isinstance(reply, TokenText) else reply.completion_tokens)
+                    tokens = reply.n_tokens if isinstance(reply, TokenText) else reply.completion_tokens
+                    meter.produced(choice, tokens)
                     yield reply
         except InvalidRequest as error:
             if tuned is not None and error.code == "adapter_invalid":
                 await asyncio.to_thread(self._models.resolve, caller.project_id, request.model)
             raise
+        finally:
+            self._tokens.spend(caller.key_id, tokens)
 
     async def complete(self, caller: Caller, request: ChatRequest) -> Completion:
-        """All answers at once; raises like `stream`."""
+        """All answers at once; raises like `stream`. Nobody has seen any of it, so an engine that is lost is no loss yet."""
+        try:
+            return await self._whole(caller, request)
+        except Unavailable as error:
+            if error.code != "engine_lost":
+                raise
+        return await self._whole(caller, request)
+
+    async def _whole(self, caller: Caller, request: ChatRequest) -> Completion:
         deltas: list[list[Delta]] = [[] for _ in range(request.n)]
         usage: Usage | None = None
         async with aclosing(self._stream(caller, request, whole=True)) as stream:
@@ -129,6 +146,7 @@ class CompletionService:
                 param="model",
                 model=request.model,
             )
+        self._pool.check_room(base)
         renderer = renderer_of(Path(base.path or ""))
         if resolved.tuned is not None and resolved.tuned.renderer_hash != renderer.hash:
             raise Conflict(
@@ -211,6 +229,12 @@ class CompletionService:
             logit_bias=sampling.logit_bias,
             top_logprobs=sampling.top_logprobs,
         )
+
+    def _check_token_rate(self, caller: Caller) -> None:
+        if wait_s := self._tokens.wait_s(caller.key_id):
+            seconds = math.ceil(wait_s)
+            sentence = mark("This key has used its tokens of this minute; wait {seconds} s.")
+            raise RateLimited("token_rate_exceeded", sentence, retry_after_s=seconds, seconds=seconds)
 
     @contextmanager
     def _places(self, caller: Caller, wanted: int) -> Iterator[None]:

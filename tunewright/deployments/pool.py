@@ -9,9 +9,10 @@ The folder `workers/{base}` holds what is needed for that: `spec.json` (with the
 import asyncio
 import secrets
 import threading
-from collections.abc import AsyncGenerator
+from collections import Counter
+from collections.abc import AsyncGenerator, Iterator
 from concurrent.futures import Future
-from contextlib import aclosing
+from contextlib import aclosing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import structlog
 from tunewright.clock import mono_s
 from tunewright.deployments.full_models import FullOrder, prove_full
 from tunewright.deployments.ports import Done, Generate, Prove, State, TokenText, WorkerProcess, WorkerSpec
+from tunewright.deployments.quarantine import Passenger, Quarantine, fingerprint_of
 from tunewright.deployments.worker_client import WorkerClient, WorkerGone, WorkerSlow
 from tunewright.errors import InvalidRequest, TunewrightError, Unavailable
 from tunewright.files_on_disk import write_atomically
@@ -54,6 +56,9 @@ class Pool:
         self._workers: dict[str, _Worker] = {}
         self._starting: dict[str, Future[_Worker]] = {}
         self._lock = threading.Lock()
+        self._under_way: Counter[str] = Counter()
+        """Base -> generations that its worker has or is about to get."""
+        self._quarantine = Quarantine(settings.engine_silence_limit_s + _PING_EVERY_S)
         self._failures: dict[str, tuple[int, float]] = {}
         """Base -> (starts that failed in a row, monotonic second before which no other is tried)."""
         self._stopping = threading.Event()
@@ -66,7 +71,8 @@ class Pool:
     ) -> AsyncGenerator[TokenText | Done, None]:
         """The answer piece by piece. A worker that dies before the first piece costs the caller nothing but time.
 
-        Raises Unavailable (`engine_not_ready`, `engine_lost`, `engine_busy`, `engine_overloaded`) or what the engine refuses.
+        Raises Unavailable (`engine_not_ready`, `engine_lost`, `engine_busy`, `engine_overloaded`), TunewrightError
+        (`request_quarantined`) for a request that has killed two workers, or what the engine refuses.
         """
         if tuned is not None:
             request = msgspec.structs.replace(
@@ -75,21 +81,67 @@ class Pool:
                 adapter_path=str(self._home.adapters / (tuned.adapter_path or tuned.id)),
                 adapter_sha256=tuned.adapter_sha256,
             )
+        fingerprint = fingerprint_of(base.code, request)
+        request = msgspec.structs.replace(request, fingerprint=fingerprint)
+        with self._counted(base.code):
+            async with aclosing(self._tries(base, request)) as replies:
+                async for reply in replies:
+                    yield reply
+
+    def check_room(self, base: Base) -> None:
+        """Raises Unavailable (`engine_overloaded`) if the worker of `base` would refuse one more request."""
+        if self._under_way[base.code] >= self._settings.engine_slots + self._settings.engine_queue:
+            raise Unavailable("engine_overloaded", mark("The engine has too many requests waiting; try again soon."))
+
+    @contextmanager
+    def _counted(self, base_code: str) -> Iterator[None]:
+        with self._lock:
+            self._under_way[base_code] += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._under_way[base_code] -= 1
+
+    async def _tries(self, base: Base, request: Generate) -> AsyncGenerator[TokenText | Done, None]:
+        limit_s = None if request.priority else self._settings.first_token_limit_s or None
         for last_try in (False, True):
-            worker = self._workers.get(base.code) or await asyncio.wrap_future(self._ready(base))
-            started = False
+            passenger = await self._board(base, request, limit_s)
+            worker, started, answered = None, False, False
             try:
-                async with aclosing(worker.client.generate(request)) as replies:
+                worker = self._workers.get(base.code) or await asyncio.wrap_future(self._ready(base))
+                passenger.worker = worker.process.pid
+                async with aclosing(worker.client.generate(request, limit_s)) as replies:
                     async for reply in replies:
                         started = True
+                        if isinstance(reply, TokenText):
+                            passenger.n_tokens = reply.n_tokens
+                            if passenger.suspect:
+                                self._quarantine.progress(passenger)
+                        else:
+                            answered = True  # whoever has the last piece may not ask for another
                         yield reply
                 return
+            except TunewrightError:
+                answered = True
+                raise
             except WorkerSlow:
                 raise _busy() from None
             except WorkerGone:
-                await self._ask(base.code, worker)
+                if worker is not None:
+                    await self._ask(base.code, worker)
                 if started or last_try:
+                    self._quarantine.check(request.fingerprint)
                     raise _lost() from None
+            finally:
+                self._quarantine.leave(passenger, answered=answered)
+
+    async def _board(self, base: Base, request: Generate, limit_s: float | None) -> Passenger:
+        try:
+            async with asyncio.timeout(limit_s):
+                return await self._quarantine.board(base.code, request.fingerprint)
+        except TimeoutError:
+            raise _busy() from None
 
     def warm(self, base: Base) -> None:
         """Start the worker of `base` in the background, if it is not there. Whoever needs it learns how that went."""
@@ -207,6 +259,8 @@ class Pool:
         try:
             worker = self._workers.get(base.code)
             if worker is None or not self._alive(worker.process):
+                if worker is not None:
+                    self._quarantine.died(worker.process.pid)
                 self._respect_backoff(base)
                 worker = self._adopt(base) or self._start(base)
                 self._workers[base.code] = worker
@@ -310,15 +364,17 @@ class Pool:
         await asyncio.gather(*(self._ask(base_code, worker) for base_code, worker in workers))
 
     async def _ask(self, base_code: str, worker: _Worker) -> None:
-        """Drop a worker that has died or does not say how it is; a frozen one is killed, which ends what it had begun."""
+        """Drop a worker that has died, is silent or is stuck in a step; it is killed, which ends what it had begun."""
         if self._workers.get(base_code) is not worker:
             return
-        reason = "died"
+        reason, running = "died", None
         if self._alive(worker.process):
             asked_s, limit_s = mono_s(), self._settings.engine_silence_limit_s
             try:
-                await worker.client.health(limit_s)
-                return
+                state = await worker.client.health(limit_s)
+                if state.step_s < self._settings.engine_step_limit_s:
+                    return
+                reason, running = "stuck", state.running
             except WorkerSlow:
                 if mono_s() - asked_s < limit_s:  # it could not be asked
                     return
@@ -330,6 +386,7 @@ class Pool:
                 return
             del self._workers[base_code]
         if not self._stopping.is_set():
+            self._quarantine.died(worker.process.pid, running)
             log.error("engine_lost", base=base_code, pid=worker.process.pid, reason=reason)
         if self._alive(worker.process):
             self._runner.kill(worker.process.pid)

@@ -49,6 +49,8 @@ class Generate(msgspec.Struct, frozen=True, kw_only=True, tag="generate"):
 
     secret: str
     request_id: str
+    fingerprint: str = ""
+    """Equal for requests that make the worker do the same; `State` says those it is at."""
     prompt_ids: list[int]
     adapter_id: str | None = None
     adapter_path: str | None = None
@@ -152,6 +154,10 @@ class State(msgspec.Struct, frozen=True, kw_only=True, tag="state"):
     adapter_loads: int = 0
     adapter_load_ms: float = 0.0
     """Of all loads together."""
+    step_s: float = 0.0
+    """For how long the engine has been at its present step; 0 while it has nothing to do."""
+    running: list[str] = []
+    """Fingerprints of the generations that take part in its steps."""
 
 
 class Trouble(msgspec.Struct, frozen=True, kw_only=True, tag="trouble"):

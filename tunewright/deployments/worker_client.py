@@ -46,15 +46,23 @@ class WorkerClient:
         self._port = port
         self._secret = secret
 
-    async def generate(self, request: Generate) -> AsyncGenerator[TokenText | Done, None]:
-        """The pieces of one answer, ending with `Done`."""
+    async def generate(
+        self, request: Generate, first_limit_s: float | None = None
+    ) -> AsyncGenerator[TokenText | Done, None]:
+        """The pieces of one answer, ending with `Done`. WorkerSlow: the first did not come within `first_limit_s`."""
         async with self._exchange(msgspec.structs.replace(request, secret=self._secret)) as reader:
+            try:
+                async with asyncio.timeout(first_limit_s):
+                    line = await reader.readline()
+            except TimeoutError:
+                raise WorkerSlow from None
             while True:
-                reply = await _next(reader)
+                reply = _reply(line)
                 if isinstance(reply, TokenText | Done):
                     yield reply
                     if isinstance(reply, Done):
                         return
+                line = await reader.readline()
 
     async def prove(self, request: Prove, timeout_s: float = 300.0) -> Proof:
         """Load an adapter and measure its effect (see `Prove`). Beside many answers that takes a while."""
@@ -71,7 +79,7 @@ class WorkerClient:
     async def _one(self, request: EngineRequest, kind: type[_Reply], timeout_s: float) -> _Reply:
         try:
             async with asyncio.timeout(timeout_s), self._exchange(request) as reader:
-                reply = await _next(reader)
+                reply = _reply(await reader.readline())
         except TimeoutError:
             raise WorkerSlow from None
         if not isinstance(reply, kind):
@@ -96,8 +104,7 @@ class WorkerClient:
             writer.close()
 
 
-async def _next(reader: asyncio.StreamReader) -> EngineReply:
-    line = await reader.readline()
+def _reply(line: bytes) -> EngineReply:
     if not line.endswith(b"\n"):
         raise WorkerGone
     reply = decode_reply(line)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from tunewright.clock import mono_s
 from tunewright.deployments.ports import (
     EngineReply,
     EngineRequest,
@@ -74,6 +75,7 @@ class Engine:
         self._loaded: list[tuple[Key, Adapter | TunewrightError]] = []  # guarded by _changed
         self._wake = False  # guarded by _changed
         self._stopping = False
+        self._step_began_s: float | None = None
         self._numbers = 0
         self._adapter_uses = self._adapter_loads = 0
         self._adapter_load_ms = 0.0
@@ -144,6 +146,8 @@ class Engine:
             adapter_hits=max(0, self._adapter_uses - self._adapter_loads),
             adapter_loads=self._adapter_loads,
             adapter_load_ms=self._adapter_load_ms,
+            step_s=0.0 if (began := self._step_began_s) is None else mono_s() - began,
+            running=[row.request.fingerprint for row in tuple(self._running.rows)],
         )
 
     def _notify(self) -> None:
@@ -192,8 +196,10 @@ class Engine:
             while not self._stopping:
                 with self._changed:
                     while not (self._wake or self._stopping or self._running.rows or self._probes):
+                        self._step_began_s = None
                         self._changed.wait()
                     self._wake = False
+                    self._step_began_s = mono_s()
                 try:
                     self._drop_cancelled()
                     self._admit()

@@ -59,6 +59,7 @@ TABLE = ErrorTable(
         "range_not_satisfiable": Row(416, _INVALID),
         "request_timeout": Row(408, _INVALID),
         "too_many_uploads": Row(429, "rate_limit_error", final=True),
+        "request_quarantined": Row(500, _SERVER, final=True),
         "upload_expired": Row(410, _INVALID),
     },
 )

@@ -72,7 +72,10 @@ TABLE = ErrorTable(
         "model_not_tunable": Row(404, _NOT_FOUND, "1600"),
         "job_not_found": Row(404, _NOT_FOUND, "1601"),
         "context_length_exceeded": Row(400, _INVALID, "1261"),
+        "rate_limit_exceeded": Row(429, _RATE, "1303"),
+        "token_rate_exceeded": Row(429, _RATE, "1303"),
         "engine_overloaded": Row(429, _RATE, "1305"),
+        "request_quarantined": Row(500, _SERVER, "500", final=True),
     },
     by_place={
         ("fine_tuning", "model_not_found"): Row(404, _NOT_FOUND, "1608"),
