@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -20,6 +21,14 @@ _FAST = {
     "TUNEWRIGHT_MAX_REQUESTS_PER_MINUTE": "0",
     "TUNEWRIGHT_MAX_REFUSED_KEYS_PER_MINUTE": "0",
 }
+
+
+_HAND_OVER = """
+import os, sys
+os.dup2(int(sys.argv[1]), 3)
+os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS="1")
+os.execv(sys.argv[2], sys.argv[2:])
+"""
 
 
 class LiveServer:
@@ -41,15 +50,19 @@ class LiveServer:
             raise RuntimeError(f"{arguments}: {done.stderr}")
         return done.stdout
 
-    def start(self, port: int = 0) -> "LiveServer":
-        """Serve, and return when the server says that it is ready."""
+    def start(self, port: int = 0, listener: socket.socket | None = None) -> "LiveServer":
+        """Serve, and return when the server says that it is ready. A `listener` is handed over as a service manager does."""
+        command = [*self._command, "serve", "--home", str(self.home), "--port", str(port)]
+        if listener is not None:
+            command = [sys.executable, "-c", _HAND_OVER, str(listener.fileno()), *command]
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
-                [*self._command, "serve", "--home", str(self.home), "--port", str(port)],
+                command,
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,
                 env=self._environment,
+                pass_fds=[] if listener is None else [listener.fileno()],
             )
         if self._process.stdout is None:
             raise RuntimeError("no stdout")

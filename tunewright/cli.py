@@ -2,10 +2,8 @@
 
 import json
 import logging
-import os
 import socket
 import sys
-import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,7 +14,7 @@ from pydantic import ValidationError
 from tunewright import __version__, dataset_commands
 from tunewright.errors import Misconfigured, TunewrightError
 from tunewright.i18n import mark, translate
-from tunewright.settings import HomeFolder, Settings
+from tunewright.settings import HomeFolder, Settings, inherited_listener
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
@@ -25,8 +23,6 @@ if TYPE_CHECKING:
     from tunewright.wiring import Platform
 
 EXIT_MISCONFIGURED = 78  # EX_CONFIG of sysexits: tells a supervisor that trying again is no use
-EXIT_HURRIED = 1
-"""After a second signal. Streams are cut, trainers and engines go on until the next start finds them."""
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -66,16 +62,19 @@ def serve(
 ) -> None:
     """Run the server until SIGINT or SIGTERM."""
     from tunewright.api.app import create_app
+    from tunewright.api.serving import Server
     from tunewright.wiring import build
 
     settings = _settings(home, host=host, port=port)
     configure_logging(settings.log_level)
-    listener = _listen(settings)
+    inherited = inherited_listener()
+    listener = _listen(settings) if inherited is None else socket.socket(fileno=inherited)
     platform = build(settings)
     platform.start()  # here and not in the app's lifespan, so that what the operator must mend ends in one line
-    asgi = create_app(platform)
+    server = Server(platform, create_app(platform), listener, inherited=inherited is not None)
     address = f"http://{settings.host}:{listener.getsockname()[1]}"
-    _run(platform, asgi, listener, address)
+    server.on_started = lambda: _announce(platform, address)
+    server.serve_until_told()
 
 
 @keys_app.command("create")
@@ -266,45 +265,6 @@ def _announce(platform: "Platform", address: str) -> None:
     if platform.first_key:
         shown = mark("First API key (kept in {path}): {key}")
         typer.echo(translate(shown, language, path=platform.home.first_key, key=platform.first_key))
-
-
-def _run(platform: "Platform", asgi: object, listener: socket.socket, address: str) -> None:
-    import uvicorn
-
-    from tunewright.api.connections import BoundedHttp
-
-    settings = platform.settings
-
-    class Server(uvicorn.Server):
-        """Uvicorn whose first signal fails readiness and ends event streams before connections are closed. A second one ends
-        the process at once: the next start recovers from that as from any death."""
-
-        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-            await super().startup(sockets)
-            if self.started:
-                _announce(platform, address)
-
-        def handle_exit(self, sig: int, frame: object) -> None:
-            """Uvicorn would raise the signal again in the end, and the exit code would not be 0."""
-            if platform.stopping.is_set():
-                os._exit(EXIT_HURRIED)
-            platform.stopping.set()
-            delayed = threading.Timer(settings.drain_delay_s, setattr, (self, "should_exit", True))
-            delayed.daemon = True
-            delayed.start()
-
-    config = uvicorn.Config(
-        asgi,  # type: ignore[arg-type]
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        proxy_headers=False,
-        http=BoundedHttp,
-        ws="none",
-        timeout_keep_alive=30,
-        timeout_graceful_shutdown=max(1, round(settings.drain_grace_s)),
-    )
-    Server(config).run(sockets=[listener])
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Every setting, from `TUNEWRIGHT_*` environment variables or the command line. The only reader of the environment."""
 
+import os
 from pathlib import Path
 from typing import Literal
 
@@ -112,6 +113,12 @@ class Settings(BaseSettings):
     usage_kept_days: int = Field(default=400, ge=1, description="How long rows about single requests are kept")
     drain_delay_s: float = Field(default=0.0, ge=0, description="Time between 'not ready' and closing on SIGTERM")
     drain_grace_s: float = Field(default=10.0, ge=0, description="Time that open streams get to end on SIGTERM")
+
+
+def inherited_listener() -> int | None:
+    """The descriptor of a listening socket that a service manager hands over (systemd's protocol), None if there is none."""
+    handed_over = os.environ.get("LISTEN_PID") == str(os.getpid()) and os.environ.get("LISTEN_FDS") == "1"
+    return 3 if handed_over else None
 
 
 class HomeFolder:

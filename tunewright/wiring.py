@@ -91,6 +91,8 @@ class Platform:
         self.deliverer = Deliverer(self.storage, self.sending)
         self.stopping = threading.Event()
         """Set when the server begins to drain: readiness fails, event streams end."""
+        self.refusing_until_s: float | None = None
+        """Newcomers are sent away from now until this monotonic second, when the server ends; None: they are served."""
         self.first_key: str | None = None
         """The key made at the very first start, to be shown once."""
         self._lock: int | None = None

@@ -3,12 +3,14 @@
 import asyncio
 import os
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
+import openai
 import pytest
 
 from tests.chaos.streams import Streams
@@ -90,6 +92,83 @@ def test_r05_short_streams_end_as_usual_and_readiness_fails_first(tmp_path: Path
     assert process.wait(15) == 0
     server.stop()
     assert streams.ends == {"done": 5}
+
+
+@pytest.fixture
+def fake(tmp_path: Path, tiny_base: Path) -> Iterator[LiveServer]:
+    """A server whose engine says a word every 10 ms."""
+    server = LiveServer(
+        tmp_path / "home",
+        module="tests.serve_fake",
+        TUNEWRIGHT_ENGINE_SLOTS="128",
+        TUNEWRIGHT_MAX_STREAMS_PER_KEY="128",
+        TUNEWRIGHT_DRAIN_DELAY_S="1",
+        TUNEWRIGHT_DRAIN_GRACE_S="3",
+    )
+    server.run("models", "add", str(tiny_base), "--code", "tiny")
+    (server.home / "workers" / "fake.json").write_text('{"step_s": 0.01}')
+    yield server
+    server.stop()
+
+
+def test_r05_drain(fake: LiveServer) -> None:
+    """50 streams: those shorter than the grace end as usual, longer ones with an error. Newcomers are served, then refused."""
+    fake.start()
+    warm(fake)
+    long, short = Streams(fake, 25), Streams(fake, 25, max_tokens=150)
+    process = fake._process
+    assert process is not None
+    began: list[float] = []
+    headers = {"Authorization": f"Bearer {fake.key}", "Accept-Language": "zh"}
+    ask = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 5}
+
+    async def stop() -> None:
+        async with httpx.AsyncClient(base_url=fake.address, trust_env=False, headers=headers, timeout=30) as client:
+            whole = asyncio.ensure_future(client.post("/v1/chat/completions", json={**ask, "max_tokens": 1900}))
+            await asyncio.sleep(0.3)
+            process.send_signal(signal.SIGTERM)
+            began.append(time.monotonic())
+            await asyncio.sleep(0.3)
+            assert (await client.get("/readyz")).json()["failed"] == ["draining"]
+            assert (await client.post("/v1/chat/completions", json=ask)).status_code == 200
+            await asyncio.sleep(began[0] + 1.5 - time.monotonic())
+            for prefix, code in (("/v1", "server_stopping"), ("/api/paas/v4", "1305")):
+                refused = await client.post(f"{prefix}/chat/completions", json=ask)
+                assert (refused.status_code, refused.json()["error"]["code"]) == (503, code)
+                assert 3 <= int(refused.headers["retry-after"]) <= 6 and refused.headers["connection"] == "close"
+            assert (await client.get("/healthz")).status_code == 200
+            late = await whole
+            assert (late.status_code, late.json()["error"]["code"]) == (503, "server_stopping")
+
+    long.run(lambda: short._run(stop))
+    assert process.wait(10) == 0
+    assert time.monotonic() - began[0] < 1 + 3 + 5
+    assert short.ends == {"done": 25}
+    assert long.ends == {"error": 25} and long.codes == {"server_stopping": 25}
+
+
+async def test_r07_a_restart_under_a_service_manager_loses_nothing(fake: LiveServer) -> None:
+    """The socket outlives the server, as with a systemd socket unit: who comes between two servers waits in its queue."""
+    listener = socket.create_server(("127.0.0.1", 0), backlog=1024)
+    fake.start(listener=listener)
+    warm(fake)
+    calls: list[asyncio.Task[str]] = []
+    async with openai.AsyncOpenAI(api_key=fake.key, base_url=f"{fake.address}/v1", timeout=30) as client:
+
+        async def call(stream: bool) -> str:
+            ask = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 20}
+            if not stream:
+                return (await client.chat.completions.create(**ask)).choices[0].finish_reason
+            chunks = [chunk async for chunk in await client.chat.completions.create(**ask, stream=True)]
+            return chunks[-1].choices[0].finish_reason or "cut"
+
+        restarted = asyncio.ensure_future(asyncio.to_thread(lambda: (fake.stop(), fake.start(listener=listener))))
+        while not restarted.done() or len(calls) < 80:
+            calls.append(asyncio.ensure_future(call(stream=len(calls) % 4 == 0)))
+            await asyncio.sleep(0.05)
+        assert set(await asyncio.gather(*calls)) == {"length"}
+        assert (await restarted)[0] == 0
+    listener.close()
 
 
 def test_r05_a_second_signal_is_quick(tmp_path: Path, tiny_base: Path) -> None:

@@ -12,7 +12,7 @@ import structlog
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from tunewright.api.errors import ErrorAnswer, ErrorTable, answer_to, table_of, unexpected
+from tunewright.api.errors import ErrorAnswer, ErrorTable, answer_to, server_stopping, table_of, unexpected
 from tunewright.clock import mono_s
 from tunewright.errors import Misconfigured, TunewrightError
 from tunewright.i18n import preferred_language
@@ -107,8 +107,10 @@ class Access:
 
         try:
             await self._answered(exchange, scope, receive, labelled)
-        except asyncio.CancelledError:
+        except asyncio.CancelledError:  # the server stops, and the time for what was under way is over
             exchange.log_values["cancelled"] = True
+            if not exchange.status:
+                await send_answer(exchange.answer(server_stopping()), labelled)
             raise
         finally:
             _write_line(exchange, scope)

@@ -17,6 +17,7 @@ from tunewright.api.access import Access
 from tunewright.api.addresses import HostCheck, PathCheck
 from tunewright.api.auth import Gate
 from tunewright.api.body import BodyLimits
+from tunewright.api.draining import Draining
 from tunewright.api.errors import from_http_exception, from_validation
 from tunewright.api.job_watch import JobWatches
 from tunewright.api.limits import RefusedKeys, RequestRate
@@ -84,6 +85,7 @@ def create_app(platform: Platform) -> FastAPI:
         redirect_slashes=False,
         middleware=[
             Middleware(Access, tables=ERROR_TABLES, language=settings.language),
+            Middleware(Draining, platform=platform),
             Middleware(HostCheck, allowed=allowed_hosts(settings)),
             Middleware(PathCheck),
             Middleware(BodyLimits, settings=settings),

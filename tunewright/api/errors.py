@@ -95,6 +95,11 @@ def unexpected(request_id: str) -> TunewrightError:
     )
 
 
+def server_stopping(wait_s: int = 1) -> Unavailable:
+    """The server ends before this request could be answered; who waits for so long finds the next one."""
+    return Unavailable("server_stopping", mark("The server is stopping; send the request again."), retry_after_s=wait_s)
+
+
 def _headers(error: TunewrightError, row: Row) -> tuple[tuple[bytes, bytes], ...]:
     headers: list[tuple[bytes, bytes]] = []
     if row.status == 401:

@@ -13,9 +13,9 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from tunewright.api.access import ClientGone, Exchange, exchange_of
+from tunewright.api.errors import server_stopping
 from tunewright.clock import mono_s
-from tunewright.errors import TunewrightError, Unavailable
-from tunewright.i18n import mark
+from tunewright.errors import TunewrightError
 
 KEEP_ALIVE_S = 15.0
 STALL_LIMIT_S = 30.0
@@ -133,8 +133,7 @@ class EventStream(Response):
     async def _say_goodbye(self, exchange: Exchange, send: Send) -> None:
         """The server stops before the stream's own end (it was given `drain_grace_s`): say so, then end the body."""
         if self._stop_is_error:
-            stopping = Unavailable("server_stopping", mark("The server is stopping; send the request again."))
-            body = error_frame(exchange.answer(stopping).body)
+            body = error_frame(exchange.answer(server_stopping()).body)
             await send({"type": "http.response.body", "body": body, "more_body": True})
         await send({"type": "http.response.body", "body": b""})
 
