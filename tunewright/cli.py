@@ -2,7 +2,6 @@
 
 import json
 import logging
-import socket
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,7 +13,7 @@ from pydantic import ValidationError
 from tunewright import __version__, dataset_commands
 from tunewright.errors import Misconfigured, TunewrightError
 from tunewright.i18n import mark, translate
-from tunewright.settings import HomeFolder, Settings, inherited_listener
+from tunewright.settings import HomeFolder, Settings
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
@@ -62,18 +61,16 @@ def serve(
 ) -> None:
     """Run the server until SIGINT or SIGTERM."""
     from tunewright.api.app import create_app
-    from tunewright.api.serving import Server
+    from tunewright.api.serving import Listener, Server
     from tunewright.wiring import build
 
     settings = _settings(home, host=host, port=port)
     configure_logging(settings.log_level)
-    inherited = inherited_listener()
-    listener = _listen(settings) if inherited is None else socket.socket(fileno=inherited)
+    listener = Listener(settings)
     platform = build(settings)
     platform.start()  # here and not in the app's lifespan, so that what the operator must mend ends in one line
-    server = Server(platform, create_app(platform), listener, inherited=inherited is not None)
-    address = f"http://{settings.host}:{listener.getsockname()[1]}"
-    server.on_started = lambda: _announce(platform, address)
+    server = Server(platform, create_app(platform), listener)
+    server.on_started = lambda: _announce(platform, listener.address)
     server.serve_until_told()
 
 
@@ -240,22 +237,6 @@ def _prepared(home: Path | None) -> "Platform":
     platform = build(_settings(home))
     platform.prepare()
     return platform
-
-
-def _listen(settings: Settings) -> socket.socket:
-    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((settings.host, settings.port))
-    except OSError:
-        raise Misconfigured(
-            "address_in_use",
-            mark("Can't listen on {host}:{port}: it is in use or not an address of this machine."),
-            host=settings.host,
-            port=settings.port,
-        ) from None
-    return listener
 
 
 def _announce(platform: "Platform", address: str) -> None:

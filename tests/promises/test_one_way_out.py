@@ -15,7 +15,7 @@ NETWORK_CALLS = {"create_connection", "open_connection", "sock_connect", "urlope
 MAY_DIAL = {
     "tunewright/egress.py": "what callers name",
     "tunewright/notifications/apprise_process.py": "services of others, in a process that reaches public addresses only",
-    "tunewright/cli.py": "listens; it dials nothing",
+    "tunewright/api/serving.py": "listens; it dials nothing",
     "tunewright/deployments/worker_client.py": "our own workers on loopback",
     "tunewright/models/fetching.py": "what the operator names: a base of the hub",
 }

@@ -11,11 +11,41 @@ from starlette.types import ASGIApp
 
 from tunewright.api.connections import BoundedHttp
 from tunewright.clock import mono_s
+from tunewright.errors import Misconfigured
+from tunewright.i18n import mark
+from tunewright.settings import Settings, inherited_listener
 from tunewright.wiring import Platform
 
 EXIT_HURRIED = 1
 """After a second signal. Streams are cut, trainers and engines go on until the next start finds them."""
 _POLL_S = 0.05
+
+
+class Listener:
+    """The listening socket: that of the settings, or one that a service manager holds (`inherited`)."""
+
+    def __init__(self, settings: Settings) -> None:
+        """Raises Misconfigured (`address_in_use`)."""
+        descriptor = inherited_listener()
+        self.inherited = descriptor is not None
+        self.socket = _bound(settings) if descriptor is None else socket.socket(fileno=descriptor)
+        self.address = f"http://{settings.host}:{self.socket.getsockname()[1]}"
+
+
+def _bound(settings: Settings) -> socket.socket:
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((settings.host, settings.port))
+    except OSError:
+        raise Misconfigured(
+            "address_in_use",
+            mark("Can't listen on {host}:{port}: it is in use or not an address of this machine."),
+            host=settings.host,
+            port=settings.port,
+        ) from None
+    return listener
 
 
 class Server(uvicorn.Server):
@@ -26,7 +56,7 @@ class Server(uvicorn.Server):
     A listener that came from a service manager outlives this process: its newcomers are left to the next one instead.
     """
 
-    def __init__(self, platform: Platform, app: ASGIApp, listener: socket.socket, *, inherited: bool) -> None:
+    def __init__(self, platform: Platform, app: ASGIApp, listener: Listener) -> None:
         config = uvicorn.Config(
             app,  # type: ignore[arg-type]
             log_config=None,
@@ -42,11 +72,10 @@ class Server(uvicorn.Server):
         self.on_started: Callable[[], None] = lambda: None
         self._platform = platform
         self._listener = listener
-        self._inherited = inherited
 
     def serve_until_told(self) -> None:
         """Answer requests until a signal has ended that."""
-        self.run(sockets=[self._listener])
+        self.run(sockets=[self._listener.socket])
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -65,7 +94,7 @@ class Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         deadline_s = mono_s() + self._platform.settings.drain_grace_s
-        if self._inherited:
+        if self._listener.inherited:
             for server in self.servers:
                 server.close()
         self._platform.refusing_until_s = deadline_s
