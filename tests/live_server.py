@@ -120,6 +120,14 @@ class LiveServer:
         answer.raise_for_status()
         return answer.json()["id"]
 
+    def create_batch(self, file_id: str) -> str:
+        """Have the requests of a file answered; the batch's id."""
+        body = {"input_file_id": file_id, "endpoint": "/v1/chat/completions", "completion_window": "24h"}
+        with self.api() as api:
+            answer = api.post("/batches", json=body)
+        answer.raise_for_status()
+        return answer.json()["id"]
+
     def job(self, job_id: str) -> dict[str, Any]:
         with self.api() as api:
             answer = api.get(f"/fine_tuning/jobs/{job_id}")

@@ -106,6 +106,18 @@ class Settings(BaseSettings):
         default=20, ge=0, description="Requests without a valid key that one address may send; 0: any"
     )
     max_streams_per_key: int = Field(default=50, ge=1, description="Completions one key may have under way")
+    max_batch_requests: int = Field(default=50_000, ge=1, description="Requests that one batch may have")
+    max_batch_bytes: int = Field(default=100 * 10**6, ge=1, description="Largest file of a batch")
+    max_open_batches: int = Field(default=100, ge=1, description="Batches of one project that have not ended")
+    batch_concurrency: int = Field(
+        default=0,
+        ge=0,
+        description="Requests of batches asked at the same time; 0 means as many as an engine has slots",
+    )
+    max_async_requests: int = Field(
+        default=1000, ge=1, description="Asynchronous requests of one project without an answer yet"
+    )
+    async_kept_s: int = Field(default=24 * 3600, ge=1, description="How long answers of asynchronous requests are kept")
     metrics_token: SecretStr = Field(
         default=SecretStr(""), description="What Prometheus sends as bearer token to read /metrics; empty: nobody may"
     )
@@ -139,13 +151,14 @@ class HomeFolder:
         self.temporary = self.root / "tmp"
         self.token_cache = self.root / "cache" / "tokens"
         self.uploads = self.root / "uploads"
+        self.batches = self.root / "batches"
 
     def create(self) -> None:
         """Create the folders that are missing; existing ones keep what they hold. Raises Misconfigured (`home_unusable`)."""
         try:
             self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
             folders = (self.blobs, self.bases, self.adapters, self.jobs, self.workers, self.temporary, self.uploads)
-            for folder in folders:
+            for folder in (*folders, self.batches):
                 folder.mkdir(mode=0o700, exist_ok=True)
         except OSError as error:
             raise Misconfigured(

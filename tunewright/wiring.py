@@ -8,6 +8,9 @@ import structlog
 
 from tunewright.accounts.service import AccountService
 from tunewright.accounts.usage import UsageLedger, UsageService
+from tunewright.batches.controller import BatchController
+from tunewright.batches.ports import Speech
+from tunewright.batches.service import AsyncTaskService, BatchService
 from tunewright.clock import mono_s
 from tunewright.completions.metering import Metering
 from tunewright.completions.metrics import ServingMetrics
@@ -83,6 +86,12 @@ class Platform:
         self.metrics = ServingMetrics(self.ledger, settings.metrics_adapters)
         self.metering = Metering(self.ledger, self.metrics)
         self.completions = CompletionService(self.models, self.pool, settings, self.metering)
+        self.speeches: dict[tuple[str, str], Speech] = {}
+        """(dialect, kind) -> how such requests are read and answered while nobody waits; the dialects put theirs here."""
+        self.batches = BatchService(self.storage, settings)
+        self.async_tasks = AsyncTaskService(self.storage, settings, self.speeches)
+        self.batch_controller = BatchController(self.storage, self.datasets, self.home, settings, self.speeches)
+        self.batches.on_change = self.async_tasks.on_change = self.batch_controller.wake
         vault = Vault(self.accounts)
         self.sending = Sending(
             self.storage, vault, WebhookSender(Egress()), AppriseSender(), settings.max_messages_per_day
@@ -123,6 +132,7 @@ class Platform:
         self.datasets.images.start()
         self.controller.start()
         self.deliverer.start()
+        self.batch_controller.start()
         self._started = True
         log.info("started", home=str(self.home.root))
 
@@ -131,6 +141,7 @@ class Platform:
         self.stopping.set()
         self.controller.stop()
         self.deliverer.stop()
+        self.batch_controller.stop()
         self.tokens.stop()
         self.datasets.images.stop()
         if self._lock is not None:  # only who holds the home may end what runs in it

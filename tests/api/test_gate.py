@@ -19,7 +19,7 @@ GOLDEN_PUBLIC = {("GET", "/healthz"), ("GET", "/readyz")}
 
 
 def filled(path: str) -> str:
-    for place in ("file", "job", "upload", "channel"):
+    for place in ("file", "job", "upload", "channel", "batch", "task"):
         path = path.replace(f"{{{place}_id}}", f"{place}-x")
     return path.replace("{name:path}", "x")
 

@@ -4,6 +4,7 @@ from typing import Any
 
 from tunewright.accounts.records import ApiKey, Project
 from tunewright.accounts.usage import UsageRow
+from tunewright.batches.records import AsyncTask, Batch, BatchError
 from tunewright.datasets.records import File, PartedUpload, UploadPart
 from tunewright.ids import new_id, random_text
 from tunewright.jobs.records import Job, JobCheckpoint, JobError, JobEvent
@@ -230,3 +231,50 @@ def usage(project_id: str, **changes: Any) -> UsageRow:
     }
     values |= {"project_id": project_id}
     return UsageRow(**(values | changes))
+
+
+def batch(project_id: str, **changes: Any) -> Batch:
+    values: dict[str, Any] = {
+        "id": new_id("batch"),
+        "key_id": "key-1",
+        "dialect": "zhipu",
+        "endpoint": "/v4/chat/completions",
+        "input_file_id": "file-input",
+        "completion_window": "24h",
+        "metadata": {"点": "中文"},
+        "delete_input": True,
+        "errors": (BatchError(code="c", message="m {n}", values={"n": 1}, line=2**33, param="p"),),
+        "output_file_id": "file-output",
+        "error_file_id": "file-errors",
+        "total": 3,
+        "completed": 2,
+        "failed": 1,
+        "created_at": NOON,
+        "expires_at": NOON + 1,
+        "in_progress_at": NOON + 2,
+        "finalizing_at": NOON + 3,
+        "completed_at": NOON + 4,
+        "failed_at": NOON + 5,
+        "expired_at": NOON + 6,
+        "cancelling_at": NOON + 7,
+        "cancelled_at": NOON + 8,
+    }
+    values |= {"project_id": project_id}
+    return Batch(**(values | changes))
+
+
+def async_task(project_id: str, **changes: Any) -> AsyncTask:
+    values: dict[str, Any] = {
+        "id": new_id("task"),
+        "key_id": "key-1",
+        "dialect": "zhipu",
+        "model": "base:1:点:y",
+        "request_id": "req-1",
+        "body": b'{"a":1}',
+        "answer": {"choices": [{"点": None}]},
+        "error": {"code": "1"},
+        "created_at": NOON,
+        "ended_at": NOON + 1,
+    }
+    values |= {"project_id": project_id}
+    return AsyncTask(**(values | changes))

@@ -6,6 +6,8 @@ from typing import Any
 import pytest
 
 from tests.contract.rows import (
+    async_task,
+    batch,
     channel,
     checkpoint,
     delivery,
@@ -68,6 +70,16 @@ LISTS: dict[str, Ask] = {
     "metered messages": lambda tx, p, ids: tx.deliveries.metered_since(p, 9),
     "jobs ended since": lambda tx, p, ids: tx.jobs.ended_since(9, 2),
     "unfinished jobs": lambda tx, p, ids: tx.jobs.unfinished(),
+    "batches": lambda tx, p, ids: tx.batches.list(p, after=ids["batch"], limit=2),
+    "one batch": lambda tx, p, ids: tx.batches.get(p, ids["batch"]),
+    "open batches": lambda tx, p, ids: tx.batches.count_unfinished(p),
+    "unfinished batches": lambda tx, p, ids: tx.batches.unfinished(),
+    "batches with an input to delete": lambda tx, p, ids: tx.batches.with_input_to_delete(),
+    "batches of a file": lambda tx, p, ids: tx.batches.using_file(p, ids["file"]),
+    "one task": lambda tx, p, ids: tx.async_tasks.get(p, ids["task"]),
+    "one task by request": lambda tx, p, ids: tx.async_tasks.find_by_request_id(p, "r"),
+    "open tasks": lambda tx, p, ids: tx.async_tasks.count_unfinished(p),
+    "unfinished tasks": lambda tx, p, ids: tx.async_tasks.unfinished(9),
     "usage": lambda tx, p, ids: tx.usage.list(p, status="ok", model="m", after=ids["usage"], limit=2),
     "sums of usage": lambda tx, p, ids: tx.usage.sums(
         p, since=0, until=9, by=frozenset({"day", "model"}), skip=0, limit=2
@@ -76,6 +88,7 @@ LISTS: dict[str, Ask] = {
 }
 STARTED_INSIDE = {name for name in LISTS if name.startswith(("files ", "jobs "))} - {"jobs ended since"}
 SORTED_AFTERWARDS = {"unfinished jobs", "children of a file", "enabled channels", "due channels", "sums of usage"}
+SORTED_AFTERWARDS |= {"unfinished batches"}
 """A handful of rows of several states, never paged; groups."""
 
 
@@ -89,6 +102,7 @@ def test_plan(sqlite_url: str, name: str) -> None:
     rows["upload"] = parted_upload(ours.id)
     rows["channel"] = channel(ours.id)
     rows["usage"] = usage(ours.id)
+    rows["batch"], rows["task"] = batch(ours.id), async_task(ours.id)
     rows["delivery"] = delivery(rows["channel"])
     with storage.write() as tx:
         tx.projects.insert(ours)
@@ -102,6 +116,8 @@ def test_plan(sqlite_url: str, name: str) -> None:
         tx.channels.insert(rows["channel"])
         tx.deliveries.insert(rows["delivery"])
         tx.usage.insert([rows["usage"]])
+        tx.batches.insert(rows["batch"])
+        tx.async_tasks.insert(rows["task"])
     with storage.read() as tx, statements() as seen:
         LISTS[name](tx, ours.id, {kind: row.id for kind, row in rows.items()})
         connection = tx.projects._connection

@@ -15,6 +15,8 @@ from sqlalchemy import exc
 from tests.contract.rows import (
     NOON,
     api_key,
+    async_task,
+    batch,
     channel,
     checkpoint,
     delivery,
@@ -52,6 +54,10 @@ NOT_OF_A_TENANT = {
     ("idempotency", "forget_before"),
     ("deliveries", "due_channels"),
     ("deliveries", "forget_before"),
+    ("batches", "unfinished"),
+    ("batches", "with_input_to_delete"),
+    ("async_tasks", "unfinished"),
+    ("async_tasks", "forget_before"),
     ("usage", "interrupt"),
     ("usage", "forget_before"),
     ("leases", "take"),
@@ -75,6 +81,8 @@ class Rows:
         self.channel = channel(project_id)
         self.delivery = delivery(self.channel)
         self.usage = usage(project_id)
+        self.batch = batch(project_id, input_file_id=self.file.id)
+        self.task = async_task(project_id)
 
     def store(self, storage: Storage) -> "Rows":
         with storage.write() as tx:
@@ -90,6 +98,8 @@ class Rows:
             tx.channels.insert(self.channel)
             tx.deliveries.insert(self.delivery)
             tx.usage.insert([self.usage])
+            tx.batches.insert(self.batch)
+            tx.async_tasks.insert(self.task)
             tx.idempotency.insert(self.project_id, "route", "key", "fingerprint", self.job.id, NOON)
         return self
 
@@ -145,6 +155,13 @@ def reads(project_id: str, rows: Rows) -> dict[tuple[str, str], list[Callable[[T
         ("deliveries", "list"): [lambda tx: tx.deliveries.list(p, c, after=None, limit=9)],
         ("deliveries", "next_due"): [lambda tx: tx.deliveries.next_due(p, c, NOON + 9)],
         ("deliveries", "metered_since"): [lambda tx: tx.deliveries.metered_since(p, NOON)],
+        ("batches", "get"): [lambda tx: tx.batches.get(p, rows.batch.id)],
+        ("batches", "list"): [lambda tx: tx.batches.list(p, after=None, limit=9)],
+        ("batches", "count_unfinished"): [lambda tx: tx.batches.count_unfinished(p)],
+        ("batches", "using_file"): [lambda tx: tx.batches.using_file(p, rows.file.id)],
+        ("async_tasks", "get"): [lambda tx: tx.async_tasks.get(p, rows.task.id)],
+        ("async_tasks", "find_by_request_id"): [lambda tx: tx.async_tasks.find_by_request_id(p, "req-1")],
+        ("async_tasks", "count_unfinished"): [lambda tx: tx.async_tasks.count_unfinished(p)],
         ("usage", "list"): [
             lambda tx: tx.usage.list(p, status=None, model=None, after=None, limit=9),
             lambda tx: tx.usage.list(p, status="running", model=rows.usage.model, after=None, limit=9),
@@ -187,6 +204,10 @@ def writes(project_id: str, rows: Rows) -> dict[tuple[str, str], list[Callable[[
         ("deliveries", "change"): [lambda tx: tx.deliveries.change(changed(rows.delivery, **as_ours), error="x")],
         ("deliveries", "give_up"): [lambda tx: tx.deliveries.give_up(p, rows.channel.id, status="given_up", error="x")],
         ("channels", "delete"): [lambda tx: tx.channels.delete(p, rows.channel.id)],
+        ("batches", "insert"): [lambda tx: tx.batches.insert(batch(p))],
+        ("batches", "change"): [lambda tx: tx.batches.change(changed(rows.batch, **as_ours), status="failed")],
+        ("async_tasks", "insert"): [lambda tx: tx.async_tasks.insert(async_task(p, request_id="other"))],
+        ("async_tasks", "end"): [lambda tx: tx.async_tasks.end(changed(rows.task, **as_ours), status="FAIL")],
         ("usage", "insert"): [lambda tx: tx.usage.insert([usage(p)])],
         ("usage", "change"): [lambda tx: tx.usage.change([changed(rows.usage, **as_ours, status="ok")])],
         ("usage", "remove"): [lambda tx: tx.usage.remove([changed(rows.usage, **as_ours)])],
@@ -303,6 +324,8 @@ def test_nobody_changes_what_others_have(storage: Storage, ours: Project, theirs
         ("channels", "delete"),
         ("deliveries", "change"),
         ("deliveries", "give_up"),
+        ("batches", "change"),
+        ("async_tasks", "end"),
         ("usage", "change"),
         ("usage", "remove"),
     ]

@@ -31,12 +31,16 @@ from tunewright.api.native import notifications as native_notifications
 from tunewright.api.native import receipts as native_receipts
 from tunewright.api.native import uploads as native_uploads
 from tunewright.api.native import usage as native_usage
+from tunewright.api.offline import speeches
+from tunewright.api.openai import batches as openai_batches
 from tunewright.api.openai import chat as openai_chat
 from tunewright.api.openai import errors as openai_errors
 from tunewright.api.openai import files as openai_files
 from tunewright.api.openai import fine_tuning as openai_fine_tuning
 from tunewright.api.openai import models as openai_models
 from tunewright.api.openai import uploads as openai_uploads
+from tunewright.api.zhipu import async_chat as zhipu_async_chat
+from tunewright.api.zhipu import batches as zhipu_batches
 from tunewright.api.zhipu import chat as zhipu_chat
 from tunewright.api.zhipu import errors as zhipu_errors
 from tunewright.api.zhipu import files as zhipu_files
@@ -54,11 +58,14 @@ ROUTERS = (
     zhipu_fine_tuning.router,
     zhipu_models.router,
     zhipu_chat.router,
+    zhipu_async_chat.router,
+    zhipu_batches.router,
     openai_files.router,
     openai_uploads.router,
     openai_fine_tuning.router,
     openai_models.router,
     openai_chat.router,
+    openai_batches.router,
     native_uploads.router,
     native_datasets.router,
     native_dataset_tokens.router,
@@ -96,6 +103,7 @@ def create_app(platform: Platform) -> FastAPI:
         exception_handlers={HTTPException: _raise_http, RequestValidationError: _raise_validation},  # type: ignore[dict-item]
     )
     app.state.platform = platform
+    platform.speeches.update(speeches(platform))
     app.state.job_watches = JobWatches()
     for router in ROUTERS:
         app.router.routes.extend(router.routes)  # flat, so that what walks the routes sees every one

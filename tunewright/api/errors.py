@@ -10,6 +10,7 @@ from typing import Any
 
 import msgspec
 from fastapi.exceptions import RequestValidationError
+from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
 from tunewright.errors import (
@@ -132,7 +133,7 @@ def from_http_exception(error: HTTPException, allowed: str) -> TunewrightError:
     return InvalidRequest("invalid_body", mark("The body of this request can't be read."))
 
 
-def from_validation(error: RequestValidationError) -> TunewrightError:
+def from_validation(error: RequestValidationError | ValidationError) -> TunewrightError:
     """The first finding of pydantic as a sentence of ours that names the field."""
     finding = error.errors()[0]
     location = tuple(finding["loc"])

@@ -5,6 +5,7 @@ from typing import Annotated
 from fastapi import Depends, Request
 
 from tunewright.accounts.usage import UsageService
+from tunewright.batches.service import AsyncTaskService, BatchService
 from tunewright.completions.service import CompletionService
 from tunewright.datasets.parted_uploads import PartedUploads
 from tunewright.datasets.service import DatasetService
@@ -51,6 +52,14 @@ async def _usage(request: Request) -> UsageService:
     return request.app.state.platform.usage
 
 
+async def _batches(request: Request) -> BatchService:
+    return request.app.state.platform.batches
+
+
+async def _async_tasks(request: Request) -> AsyncTaskService:
+    return request.app.state.platform.async_tasks
+
+
 PlatformOf = Annotated[Platform, Depends(_platform)]
 DatasetsOf = Annotated[DatasetService, Depends(_datasets)]
 UploadsOf = Annotated[PartedUploads, Depends(_uploads)]
@@ -60,3 +69,5 @@ ModelsOf = Annotated[ModelService, Depends(_models)]
 NotificationsOf = Annotated[NotificationService, Depends(_notifications)]
 CompletionsOf = Annotated[CompletionService, Depends(_completions)]
 UsageOf = Annotated[UsageService, Depends(_usage)]
+BatchesOf = Annotated[BatchService, Depends(_batches)]
+AsyncTasksOf = Annotated[AsyncTaskService, Depends(_async_tasks)]

@@ -28,6 +28,8 @@ from tunewright.rendering.conversation import Conversation
 from tunewright.rendering.renderer import Renderer, renderer_of
 from tunewright.settings import Settings
 
+_YIELD_PAUSE_S = 0.25
+
 
 class CompletionService:
     """Answers chat requests of both dialects."""
@@ -53,10 +55,12 @@ class CompletionService:
         begun_s = mono_s()
         meter: Meter | None = None
         try:
-            self._check_token_rate(caller)
-            with self._places(caller, request.n):
+            if not request.priority:
+                self._check_token_rate(caller)
+            with self._places(caller, 0 if request.priority else request.n):
                 base, tuned, renderer, order, opening = await asyncio.to_thread(self._prepare, caller, request)
-                self._tokens.spend(caller.key_id, len(order.prompt_ids))
+                if not request.priority:
+                    self._tokens.spend(caller.key_id, len(order.prompt_ids))
                 meter = self._metering.begin(
                     caller, request, base, tuned, prompt_tokens=len(order.prompt_ids), begun_s=begun_s, whole=whole
                 )
@@ -102,7 +106,8 @@ class CompletionService:
         """What the pool says. An adapter that can't be loaded because its model was just deleted is a model not found."""
         tokens = 0
         try:
-            async with aclosing(self._pool.generate(base, tuned, order)) as replies:
+            generate = self._patiently if request.priority else self._pool.generate
+            async with aclosing(generate(base, tuned, order)) as replies:
                 async for reply in replies:
                     tokens = reply.n_tokens if isinstance(reply, TokenText) else reply.completion_tokens
                     meter.produced(choice, tokens)
@@ -112,7 +117,24 @@ class CompletionService:
                 await asyncio.to_thread(self._models.resolve, caller.project_id, request.model)
             raise
         finally:
-            self._tokens.spend(caller.key_id, tokens)
+            if not request.priority:
+                self._tokens.spend(caller.key_id, tokens)
+
+    async def _patiently(
+        self, base: Base, tuned: TunedModel | None, order: Generate
+    ) -> AsyncGenerator[TokenText | Done, None]:
+        """All of an answer at its end; one that had to make room for others begins anew."""
+        while True:
+            try:
+                async with aclosing(self._pool.generate(base, tuned, order)) as replies:
+                    whole = [reply async for reply in replies]
+                break
+            except Unavailable as error:
+                if error.code != "engine_yielded":
+                    raise
+                await asyncio.sleep(_YIELD_PAUSE_S)
+        for reply in whole:
+            yield reply
 
     async def complete(self, caller: Caller, request: ChatRequest) -> Completion:
         """All answers at once; raises like `stream`. Nobody has seen any of it, so an engine that is lost is no loss yet."""
@@ -228,6 +250,7 @@ class CompletionService:
             frequency_penalty=sampling.frequency_penalty,
             logit_bias=sampling.logit_bias,
             top_logprobs=sampling.top_logprobs,
+            priority=request.priority,
         )
 
     def _check_token_rate(self, caller: Caller) -> None:
@@ -240,6 +263,9 @@ class CompletionService:
     def _places(self, caller: Caller, wanted: int) -> Iterator[None]:
         """Every choice of a request counts as a completion under way."""
         limit = self._settings.max_streams_per_key
+        if not wanted:  # nobody waits: the loop that asks has limits of its own
+            yield
+            return
         if self._under_way[caller.key_id] + wanted > limit:
             raise RateLimited(
                 "concurrency_limit", mark("This key may have {limit} completions under way."), limit=limit

@@ -53,6 +53,8 @@ class ChatRequest(msgspec.Struct, frozen=True, kw_only=True):
     dialect: str = ""
     endpoint: str = "/chat/completions"
     """The route that asked, for the ledger."""
+    priority: int = 0
+    """That of `Generate`: above 0 nobody waits, and what is answered at once begins anew when it had to make room."""
 
 
 class Usage(msgspec.Struct, frozen=True, kw_only=True):

@@ -2,6 +2,7 @@
 
 import builtins
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tunewright.datasets.blob_keys import content_key
@@ -17,11 +18,13 @@ from tunewright.i18n import mark
 from tunewright.settings import HomeFolder, Settings
 
 if TYPE_CHECKING:
-    from tunewright.storage import Blobs, Storage
+    from tunewright.storage import Blobs, Storage, Transaction
 
 __all__ = ["DatasetService", "RowsRefused"]
 
 ROUTE = "POST /files"
+PUBLISH_ROUTE = ""
+"""Nobody asks twice for what the product makes by itself."""
 
 
 class DatasetService:
@@ -111,6 +114,15 @@ class DatasetService:
                     file=file_id,
                     job=jobs[0],
                 )
+            batches = tx.batches.using_file(project_id, file_id)
+            if batches:
+                raise Conflict(
+                    "file_in_use",
+                    mark("The file {file} is used by the unfinished batch {batch}; cancel it or wait for its end."),
+                    param="file_id",
+                    file=file_id,
+                    batch=batches[0],
+                )
             claim.write()
             self.images.forget(tx, file)
             tx.files.delete(project_id, file_id)
@@ -119,6 +131,22 @@ class DatasetService:
         claim.drop()
         self.on_delete(file)
         return file
+
+    def publish(
+        self,
+        project_id: str,
+        made: Sequence[tuple[Path, str, str]],
+        also: Callable[["Transaction", builtins.list[str]], None],
+    ) -> None:
+        """Store files that the product made: (bytes, name, purpose) of each. `also` is called with their ids in the
+        transaction that makes them visible, and once if there are none. Raises what it raises, and StorageFull."""
+        files = [self._intake.made(project_id, path, label, purpose) for path, label, purpose in made]
+        ids = [arrival.file.id for arrival in files]
+        if files:
+            self._intake.store(files, PUBLISH_ROUTE, None, lambda tx, _file: also(tx, ids))
+        else:
+            with self._storage.write() as tx:
+                also(tx, ids)
 
     def content(
         self, project_id: str, file_id: str, start: int = 0, end: int | None = None

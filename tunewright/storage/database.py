@@ -21,6 +21,7 @@ from tunewright.errors import Misconfigured, TunewrightError
 from tunewright.i18n import mark
 from tunewright.storage import schema
 from tunewright.storage.accounts import Idempotency, Keys, Projects
+from tunewright.storage.batches import AsyncTasks, Batches
 from tunewright.storage.datasets import Files
 from tunewright.storage.failures import database_unavailable, driver_errors_translated
 from tunewright.storage.images import FileImages
@@ -97,6 +98,8 @@ class Transaction:
         self.deliveries = Deliveries(connection)
         self.idempotency = Idempotency(connection)
         self.usage = Usage(connection)
+        self.batches = Batches(connection)
+        self.async_tasks = AsyncTasks(connection)
         self.leases = Leases(connection)
 
 

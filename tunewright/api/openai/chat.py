@@ -26,7 +26,7 @@ from tunewright.api.errors import invalid
 from tunewright.api.openai.errors import PREFIX
 from tunewright.api.refusals import unsupported
 from tunewright.api.services import CompletionsOf
-from tunewright.completions.vocabulary import Sampling
+from tunewright.completions.vocabulary import ChatRequest, Sampling
 from tunewright.i18n import mark
 
 ROLES = {role: role for role in ("system", "user", "assistant", "tool")} | {"developer": "system"}
@@ -49,16 +49,20 @@ class ChatBody(ChatFields):
 @router.post("/chat/completions")
 async def create(request: Request, body: ChatBody, caller: CallerOf, completions: CompletionsOf) -> Response:
     """Answer a conversation, whole or as a stream."""
+    usage_chunk = wants_usage(body)
+    chat = await beside_large(request, read, body, exchange_of(request.scope).request_id)
+    writer = ChunkWriter(chat.model, {}, usage_with_finish=False, usage_chunk=usage_chunk) if body.stream else None
+    return await respond(request, completions, caller, chat, writer, {})
+
+
+def read(body: ChatBody, request_id: str) -> ChatRequest:
+    """The neutral request. Raises InvalidRequest."""
     for name in ("audio", "functions", "function_call"):
         if getattr(body, name) is not None:
             raise unsupported(name)
     if body.modalities not in (None, ["text"]):
         raise unsupported("modalities")
-    usage_chunk = wants_usage(body)
-    request_id = exchange_of(request.scope).request_id
-    chat = await beside_large(request, chat_request, body, _sampling(body), ROLES, request_id, "openai")
-    writer = ChunkWriter(chat.model, {}, usage_with_finish=False, usage_chunk=usage_chunk) if body.stream else None
-    return await respond(request, completions, caller, chat, writer, {})
+    return chat_request(body, _sampling(body), ROLES, request_id, "openai")
 
 
 def _sampling(body: ChatBody) -> Sampling:

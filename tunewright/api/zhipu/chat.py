@@ -25,7 +25,7 @@ from tunewright.api.chat import (
 from tunewright.api.errors import invalid
 from tunewright.api.services import CompletionsOf
 from tunewright.api.zhipu.errors import PREFIX
-from tunewright.completions.vocabulary import Sampling
+from tunewright.completions.vocabulary import ChatRequest, Sampling
 from tunewright.i18n import mark
 
 ROLES = {role: role for role in ("system", "user", "assistant", "tool")}
@@ -48,16 +48,20 @@ class ChatBody(ChatFields):
 @router.post("/chat/completions")
 async def create(request: Request, body: ChatBody, caller: CallerOf, completions: CompletionsOf) -> Response:
     """Answer a conversation, whole or as a stream."""
-    request_id = body.request_id or exchange_of(request.scope).request_id
-    if len(request_id) > 256:
-        raise invalid("request_id", mark("{field} is too long."))
     usage_chunk = wants_usage(body)
-    chat = await beside_large(request, chat_request, body, _sampling(body), ROLES, request_id, "zhipu")
-    extra: dict[str, Any] = {"request_id": request_id}
+    chat = await beside_large(request, read, body, body.request_id or exchange_of(request.scope).request_id)
+    extra: dict[str, Any] = {"request_id": chat.request_id}
     writer = None
     if body.stream:
         writer = ChunkWriter(chat.model, extra, usage_with_finish=True, usage_chunk=usage_chunk)
     return await respond(request, completions, caller, chat, writer, extra)
+
+
+def read(body: ChatBody, request_id: str) -> ChatRequest:
+    """The neutral request. Raises InvalidRequest."""
+    if len(request_id) > 256:
+        raise invalid("request_id", mark("{field} is too long."))
+    return chat_request(body, _sampling(body), ROLES, request_id, "zhipu")
 
 
 def _sampling(body: ChatBody) -> Sampling:
