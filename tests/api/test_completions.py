@@ -30,7 +30,7 @@ class EchoPool:
         self.orders.append(order)
         yield TokenText(text="Hel", n_tokens=1)
         await self.go_on.wait()
-        yield Done(reason="stop", prompt_tokens=len(order.prompt_ids), completion_tokens=2, text="lo")
+        yield Done(reason="stop", prompt_tokens=len(order.prompt_ids), completion_tokens=2, text="lo", cached_tokens=3)
 
 
 @pytest.fixture
@@ -103,6 +103,19 @@ async def test_a11_the_model_of_another_project_is_like_none(served: World) -> N
             none = (await ask(client, prefix, "hi", model=name[:-1] + "x")).json()["error"]
             assert theirs.pop("request_id") != none.pop("request_id")
             assert str(theirs).replace(name, "") == str(none).replace(name[:-1] + "x", "")
+
+
+async def test_a_project_is_the_tenant_of_what_its_keys_ask(served: World) -> None:
+    """T-34: what engines may reuse is known by the project, which no request can name; usage says how much it was."""
+    served.pool.go_on.set()  # type: ignore[attr-defined]
+    async with served.client() as client, served.client(served.other_key) as other:
+        for one in (client, other):
+            for prefix in PREFIXES:
+                usage = (await ask(one, prefix, "hi")).json()["usage"]
+                assert usage["prompt_tokens_details"] == {"cached_tokens": 3}
+    tenants = [order.tenant for order in served.pool.orders]  # type: ignore[attr-defined]
+    assert tenants[:2] == [served.project_id] * 2
+    assert tenants[2] == tenants[3] not in (served.project_id, None)
 
 
 async def test_a49_a_key_has_a_limit_of_answers_under_way(served: World) -> None:

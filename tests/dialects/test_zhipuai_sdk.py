@@ -81,6 +81,7 @@ def test_replayed_message_dumps_and_clamped_sampling(client: Any, tuned_model: s
     messages += [first.choices[0].message.model_dump(), {"role": "user", "content": "and?"}]
     second = client.chat.completions.create(model=tuned_model, messages=messages, temperature=1, max_tokens=6)
     assert second.usage.completion_tokens > 0
+    assert second.usage.model_extra["prompt_tokens_details"]["cached_tokens"] >= first.usage.prompt_tokens - 1
     same = client.chat.completions.create(model=tuned_model, messages=messages[:1], do_sample=False, max_tokens=6)
     assert same.choices[0].message.content == first.choices[0].message.content
 

@@ -1,8 +1,6 @@
 """The engine in process: rows in company get what they get alone, and no request harms another."""
 
 import json
-import queue
-import random
 import threading
 import time
 from collections.abc import Iterator
@@ -14,34 +12,25 @@ import pytest
 import torch
 
 from tests.engines.adapters import Reference, make_adapter, request_values
-from tests.engines.engine_worker import generate_request, worker_spec
+from tests.engines.engine_calls import CPU, SMALL_STEPS, Call, Factory, expected, wait_until
+from tests.engines.engine_worker import generate_request
 from tunewright.deployments.ports import (
     Done,
-    EngineReply,
-    Generate,
     Proof,
     Prove,
     State,
-    TokenScore,
-    TokenText,
     Trouble,
     Unload,
 )
 from tunewright.engines.batch import Batch
-from tunewright.engines.constraints import Constraint, Constraints
 from tunewright.engines.decoder import Decoder
 from tunewright.engines.general import GeneralDecoder
 from tunewright.engines.kv_cache import SlotCache
 from tunewright.engines.loading import load_decoder, load_model
-from tunewright.engines.placement import Placement, choose_placement
-from tunewright.engines.rows import Ticket
-from tunewright.engines.torch import Engine
 from tunewright.errors import InvalidRequest, Unavailable
 from tunewright.rendering.answer_grammar import json_grammar
 from tunewright.rendering.renderer import Renderer
 
-CPU = choose_placement(cuda=False, cuda_bfloat16=False)
-SMALL_STEPS = Placement("cpu", "float32", 5, 11)
 DEADLY = 599
 
 
@@ -74,24 +63,6 @@ class Fragile:
         return logits_WV
 
 
-class Call:
-    """One request and what came back."""
-
-    def __init__(
-        self, engine: Engine, request: Generate | Prove | Unload, constraint: Constraint | None = None
-    ) -> None:
-        self.replies: queue.SimpleQueue[EngineReply] = queue.SimpleQueue()
-        self.ticket: Ticket = engine.submit(request, self.replies.put, constraint)
-        self.text = ""
-        self.scores: list[TokenScore] = []
-
-    def last(self, limit_s: float = 60.0) -> EngineReply:
-        while isinstance(reply := self.replies.get(timeout=limit_s), TokenText):
-            self.text += reply.text
-            self.scores += reply.scores
-        return reply
-
-
 @pytest.fixture(scope="module")
 def tiny_decoder(tiny_base: Path) -> Decoder:
     return load_decoder(tiny_base, CPU, 256)
@@ -102,90 +73,12 @@ def renderer(tiny_base: Path) -> Renderer:
     return Renderer(tiny_base)
 
 
-class Factory:
-    """Makes engines that are stopped at the end of the test."""
-
-    def __init__(self, base: Path, renderer: Renderer) -> None:
-        self._base, self._renderer = base, renderer
-        self.engines: list[Engine] = []
-
-    def __call__(
-        self, decoder: Decoder, placement: Placement = CPU, *, constrained: bool = False, **spec: Any
-    ) -> Engine:
-        renderer, folder = self._renderer, self._base
-        constraints = Constraints(
-            folder / "tokenizer.json", renderer.stop_ids, renderer.vocabulary_size, renderer.stream_decoder
-        )
-        engine = Engine(
-            decoder,
-            self._renderer.stream_decoder,
-            worker_spec(self._base, **spec),
-            vocabulary=self._renderer.vocabulary_size,
-            placement=placement,
-            constraints=constraints if constrained else None,
-        )
-        self.engines.append(engine)
-        engine.start()
-        return engine
-
-
 @pytest.fixture
 def engine_of(tiny_base: Path, renderer: Renderer) -> Iterator[Factory]:
     factory = Factory(tiny_base, renderer)
     yield factory
     for engine in factory.engines:
         engine.stop()
-
-
-def expected(
-    reference: Reference, renderer: Renderer, path: Path | None, prompt: list[int], n: int, stops: frozenset[int]
-) -> tuple[str, int, str]:
-    tokens = reference.greedy(path, prompt, n, stops)
-    stopped = tokens[-1] in stops
-    decoder = renderer.stream_decoder()
-    text = "".join(decoder.push(token) for token in tokens[: len(tokens) - stopped]) + decoder.flush()
-    return text, len(tokens), "stop" if stopped else "length"
-
-
-@pytest.mark.parametrize("seed", [0, 1, 2])
-@pytest.mark.parametrize("kind", ["general", "llama"])
-def test_random_company_changes_no_answer(
-    kind: str,
-    seed: int,
-    tiny_base: Path,
-    tiny_decoder: Decoder,
-    adapters: list[Path],
-    reference: Reference,
-    renderer: Renderer,
-    engine_of: Factory,
-) -> None:
-    """Base and three adapters (two places), any lengths, staggered arrivals, cancellations, tiny prompt pieces."""
-    rng = random.Random(seed)
-    decoder = tiny_decoder if kind == "llama" else GeneralDecoder(load_model(tiny_base, CPU))
-    engine = engine_of(decoder, SMALL_STEPS, slots=4, adapters=2, queue=100)
-    calls: list[tuple[Call, Path | None, list[int], int]] = []
-    for _ in range(24):
-        path = rng.choice([None, *adapters])
-        prompt = [rng.randrange(renderer.vocabulary_size) for _ in range(rng.choice([1, 2, 5, 6, 17, 40]))]
-        n = rng.randint(1, 14)
-        request = generate_request(prompt_ids=prompt, max_tokens=n, stop_ids=[0, 2], **request_values(path))
-        calls.append((Call(engine, request), path, prompt, n))
-        if rng.random() < 0.3:
-            time.sleep(rng.random() * 0.02)
-        if rng.random() < 0.2:
-            engine.cancel(rng.choice(calls)[0].ticket)
-    compared = 0
-    for call, path, prompt, n in calls:
-        if call.ticket.cancelled:
-            continue
-        done = call.last()
-        assert isinstance(done, Done), done
-        answer = (call.text, done.completion_tokens, done.reason)
-        assert answer == expected(reference, renderer, path, prompt, n, frozenset({0, 2}))
-        assert done.prompt_tokens == len(prompt)
-        compared += 1
-    assert compared >= 10
-    assert len(engine.state().adapters) <= 2
 
 
 def test_a_seed_gives_the_same_text_in_any_company(
@@ -358,13 +251,6 @@ def test_the_queue_is_bounded(tiny_decoder: Decoder, engine_of: Factory) -> None
     assert all(isinstance(call.last(), Done) for call in (running, *waiting))
 
 
-def wait_until(condition: Any, limit_s: float = 10.0) -> None:
-    end = time.monotonic() + limit_s
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.005)
-
-
 @pytest.mark.parametrize(
     ("values", "code"),
     [
@@ -383,21 +269,6 @@ def test_impossible_requests(tiny_decoder: Decoder, engine_of: Factory, values: 
     assert caught.value.code == code
     assert caught.value.text("zh") != caught.value.text("en")
     assert isinstance(Call(engine, generate_request(prompt_ids=[1] * 250, max_tokens=6)).last(), Done)
-
-
-def test_an_invalid_adapter_leaves_others_alone(
-    tiny_decoder: Decoder, adapters: list[Path], reference: Reference, renderer: Renderer, engine_of: Factory
-) -> None:
-    engine = engine_of(tiny_decoder, adapters=1)
-    good = {"prompt_ids": [9, 9], "max_tokens": 10} | request_values(adapters[0])
-    bad = good | {"adapter_sha256": "0" * 64}
-    calls = [Call(engine, generate_request(**values)) for values in (good, bad, bad, good)]
-    replies = [call.last() for call in calls]
-    assert [type(reply) for reply in replies] == [Done, Trouble, Trouble, Done]
-    assert isinstance(replies[1], Trouble)
-    assert (replies[1].kind, replies[1].code) == ("invalid_request", "adapter_invalid")
-    solo = expected(reference, renderer, adapters[0], [9, 9], 10, frozenset())[0]
-    assert calls[0].text == calls[3].text == solo
 
 
 def prove_request(path: Path, prompts: list[list[int]] | None = None) -> Prove:

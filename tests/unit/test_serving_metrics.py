@@ -44,6 +44,9 @@ def test_engines_say_their_own_numbers() -> None:
         adapter_hits=7,
         adapter_loads=3,
         adapter_load_ms=250.0,
+        prefix_hits=5,
+        prefix_tokens_reused=60,
+        prefix_tokens_total=100,
     )
     found = {
         s.name: s.value for s in samples(metrics_of(1), state) if s.labels == {"model": "tiny", "worker": "pool-tiny"}
@@ -56,6 +59,9 @@ def test_engines_say_their_own_numbers() -> None:
         "tunewright_engine_adapter_hits_total": 7,
         "tunewright_engine_adapter_loads_total": 3,
         "tunewright_engine_adapter_load_seconds_total": 0.25,
+        "tunewright_engine_prefix_hits_total": 5,
+        "tunewright_engine_prefix_tokens_reused_total": 60,
+        "tunewright_engine_prefix_tokens_total": 100,
     }
 
 

@@ -66,7 +66,11 @@ def _to_first_call(pieces: list[Piece]) -> list[Piece]:
 def _finish(last: TokenText | Done, choice: int, *, called: bool) -> Finish:
     done = isinstance(last, Done)
     reason = last.reason if done else "stop"
-    usage = Usage(prompt_tokens=0, completion_tokens=last.completion_tokens if done else last.n_tokens)
+    usage = Usage(
+        prompt_tokens=0,
+        completion_tokens=last.completion_tokens if done else last.n_tokens,
+        cached_tokens=last.cached_tokens if done else 0,
+    )
     return Finish(reason="tool_calls" if called and reason == "stop" else reason, usage=usage, choice=choice)
 
 

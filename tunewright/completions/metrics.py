@@ -122,6 +122,13 @@ class _Engines(Collector):
         yield _counter(
             "adapter_load_seconds", "Time that it took to load them", states, lambda state: state.adapter_load_ms / 1000
         )
+        yield _counter(
+            "prefix_hits", "Prompts of which the beginning had been computed", states, lambda state: state.prefix_hits
+        )
+        yield _counter(
+            "prefix_tokens_reused", "Tokens of these beginnings", states, lambda state: state.prefix_tokens_reused
+        )
+        yield _counter("prefix_tokens", "Tokens of all prompts", states, lambda state: state.prefix_tokens_total)
         yield CounterMetricFamily("tunewright_usage_rows_lost", "Rows of the ledger lost", value=self._ledger.lost)
 
 

@@ -197,7 +197,7 @@ class CompletionService:
             ids, opening = renderer.call_opening(request.function)
         order = self._order(base, request, renderer, renderer.prompt(conversation) + ids)
         grammar = answer_grammar(request, renderer)
-        order = msgspec.structs.replace(order, grammar=grammar, grammar_begun=ids)
+        order = msgspec.structs.replace(order, grammar=grammar, grammar_begun=ids, tenant=caller.project_id)
         return base, resolved.tuned, renderer, order, opening
 
     def _prove(self, caller: Caller, name: str, base: Base, checkpoint: TunedModel) -> None:
@@ -283,7 +283,7 @@ async def _counted(
     answers: list[AsyncGenerator[Delta, None]], prompt_tokens: int, meter: Meter
 ) -> AsyncGenerator[Delta, None]:
     """The deltas of all answers; the last `Finish` gets the tokens of all, the others none."""
-    left, completion_tokens, first = len(answers), 0, True
+    left, completion_tokens, cached_tokens, first = len(answers), 0, prompt_tokens, True
     async with aclosing(answers[0] if len(answers) == 1 else side_by_side(answers)) as deltas:
         async for delta in deltas:
             if first:
@@ -293,8 +293,11 @@ async def _counted(
             usage = None
             if isinstance(delta, Finish) and delta.usage is not None:
                 left, completion_tokens = left - 1, completion_tokens + delta.usage.completion_tokens
+                cached_tokens = min(cached_tokens, delta.usage.cached_tokens)
                 if not left:
-                    usage = Usage(prompt_tokens=prompt_tokens, completion_tokens=completion_tokens)
+                    usage = Usage(
+                        prompt_tokens=prompt_tokens, completion_tokens=completion_tokens, cached_tokens=cached_tokens
+                    )
                 delta = msgspec.structs.replace(delta, usage=usage)
             yield delta
             meter.delivered()

@@ -75,6 +75,9 @@ class Generate(msgspec.Struct, frozen=True, kw_only=True, tag="generate"):
     priority: int = 0
     """0: somebody waits for the answer. Larger numbers come after smaller ones and give way to 0: they are begun only while no
     such request waits, pause while its prompt is read, and lose their slot to it if there is no other (`engine_yielded`)."""
+    tenant: str | None = None
+    """Who may be answered with what was computed for this request, and with whose what (see `engines/prefixes.py`): requests of
+    the same tenant and adapter. None: nothing is reused."""
 
 
 class Prove(msgspec.Struct, frozen=True, kw_only=True, tag="prove"):
@@ -128,6 +131,8 @@ class Done(msgspec.Struct, frozen=True, kw_only=True, tag="done"):
     prompt_tokens: int
     completion_tokens: int
     text: str = ""
+    cached_tokens: int = 0
+    """Of the prompt: computed for an earlier request of the same tenant."""
 
 
 class Proof(msgspec.Struct, frozen=True, kw_only=True, tag="proof"):
@@ -158,6 +163,11 @@ class State(msgspec.Struct, frozen=True, kw_only=True, tag="state"):
     """For how long the engine has been at its present step; 0 while it has nothing to do."""
     running: list[str] = []
     """Fingerprints of the generations that take part in its steps."""
+    prefix_hits: int = 0
+    """Prompts so far of which the beginning had been computed before."""
+    prefix_tokens_reused: int = 0
+    prefix_tokens_total: int = 0
+    """Of all prompts so far."""
 
 
 class Trouble(msgspec.Struct, frozen=True, kw_only=True, tag="trouble"):

@@ -14,7 +14,8 @@ from tunewright.engines.batch import Batch, Chunk, Group
 
 BLOCK_TOKENS = 256
 _ALIGNMENT_BYTES = 64
-_KEEP_IDLE_BYTES = 256 * 2**20
+KEEP_IDLE_BYTES = 256 * 2**20
+"""So much memory stays when no row runs."""
 
 
 class SlotCache:
@@ -41,8 +42,7 @@ class SlotCache:
         if slots > self.slots:
             slots = min(self.max_slots, max(slots, 2 * self.slots))
         if tokens > self.tokens:
-            blocks = math.ceil(max(tokens, 1.5 * self.tokens) / BLOCK_TOKENS)
-            tokens = min(self.max_tokens, blocks * BLOCK_TOKENS)
+            tokens = self.rounded(max(tokens, math.ceil(1.5 * self.tokens)))
         slots, tokens = max(slots, self.slots), max(tokens, self.tokens)
         for store in (self._keys, self._values):
             for layer, old_RHCD in store.items():
@@ -51,25 +51,49 @@ class SlotCache:
                 store[layer] = new_RHCD
         self.slots, self.tokens = slots, tokens
 
+    def rounded(self, tokens: int) -> int:
+        """Whole blocks for so many tokens, at most what a row may have."""
+        return min(self.max_tokens, math.ceil(tokens / BLOCK_TOKENS) * BLOCK_TOKENS)
+
+    def size_bytes(self, slots: int, tokens: int) -> int:
+        """What so many rows of so many tokens take; 0 before anything was written."""
+        one_token = sum(m.numel() * m.element_size() for m in self._memories()) // max(1, self.slots * self.tokens)
+        return slots * tokens * one_token
+
+    def _memories(self) -> list[torch.Tensor]:
+        return [*self._keys.values(), *self._values.values()]
+
     def move(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` tokens of a row to another slot."""
-        for store in (self._keys, self._values):
-            for memory_RHCD in store.values():
+        for memory_RHCD in self._memories():
+            memory_RHCD[target, :, :length] = memory_RHCD[source, :, :length]
+
+    def cycle(self, slots: list[int], lengths: list[int]) -> None:
+        """Each of the slots gets what the next one holds, the last what the first held; lengths are of what they hold now."""
+        for memory_RHCD in self._memories():
+            first_HLD = memory_RHCD[slots[0], :, : lengths[0]].clone()
+            for target, source, length in zip(slots, slots[1:], lengths[1:], strict=False):
                 memory_RHCD[target, :, :length] = memory_RHCD[source, :, :length]
+            memory_RHCD[slots[-1], :, : lengths[0]] = first_HLD
 
-    def clear(self, slot: int) -> None:
-        """Zero a row whose numbers were not finite, so that nothing of it reaches the row that comes next."""
-        for store in (self._keys, self._values):
-            for memory_RHCD in store.values():
-                memory_RHCD[slot].zero_()
-
-    def release_if_large(self) -> None:
-        """Give memory back; to be called when no row is running."""
-        size = sum(m.numel() * m.element_size() for store in (self._keys, self._values) for m in store.values())
-        if size > _KEEP_IDLE_BYTES:
+    def shrink(self, rows: list[tuple[int, int]]) -> None:
+        """Keep only these rows, (slot, tokens) each, in slots 0, 1, ... of this order, and no more room than they need."""
+        slots, tokens = len(rows), self.rounded(max((length for _, length in rows), default=0))
+        for store in (self._keys, self._values) if rows else ():
+            for layer, old_RHCD in store.items():
+                new_RHCD = _zeros(slots, old_RHCD.shape[1], tokens, old_RHCD.shape[3], old_RHCD)
+                for target, (source, length) in enumerate(rows):
+                    new_RHCD[target, :, :length] = old_RHCD[source, :, :length]
+                store[layer] = new_RHCD
+        if not rows:
             self._keys.clear()
             self._values.clear()
-            self.slots = self.tokens = 0
+        self.slots, self.tokens = slots, tokens
+
+    def clear(self, slot: int, length: int | None = None) -> None:
+        """Zero a row, or its first `length` tokens, whose numbers may not be finite: nothing of it reaches the next row there."""
+        for memory_RHCD in self._memories():
+            memory_RHCD[slot, :, :length].zero_()
 
     def write(self, layer: int, key_THD: torch.Tensor, value_THD: torch.Tensor, batch: Batch) -> None:
         """Store the step's new keys and values of one layer."""

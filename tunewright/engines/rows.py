@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import msgspec
 
@@ -11,6 +12,7 @@ from tunewright.engines.adapter_shelf import Key
 from tunewright.engines.answer_text import AnswerText
 from tunewright.engines.batch import Part
 from tunewright.engines.kv_cache import SlotCache
+from tunewright.engines.prefixes import Owner, Prefixes, Source
 from tunewright.engines.sampling import Constraint, Sampler
 from tunewright.errors import TunewrightError
 
@@ -62,11 +64,27 @@ class Row:
     text: AnswerText
     stop_ids: frozenset[int]
     cached: int = 0
-    generated: int = 0
-    last_token: int = -1
+    reused: int = 0
+    """Tokens of the prompt that were cached before the row began."""
+    answer: list[int] = field(default_factory=list)
     finished: bool = field(default=False)
     _hidden: list[tuple[int, int, TokenScore]] = field(default_factory=list)
     """Scores that wait for the text of their tokens, characters [begin, end) of the answer, to be shown."""
+
+    @property
+    def generated(self) -> int:
+        """Tokens of the answer so far."""
+        return len(self.answer)
+
+    @property
+    def owner(self) -> Owner | None:
+        """Who may go on with what this row computes; None: nobody."""
+        return None if self.request.tenant is None else Owner(self.request.tenant, self.ticket.key)
+
+    @property
+    def sound_tokens(self) -> list[int]:
+        """Those in the cache, once logits that depend on all of them were found to be finite; before that, none."""
+        return (self.request.prompt_ids + self.answer)[: self.cached] if self.answer else []
 
     @property
     def decoding(self) -> bool:
@@ -77,14 +95,13 @@ class Row:
         """Its share of the next step: one token when decoding, else at most `budget` of the prompt."""
         prompt = self.request.prompt_ids
         if self.decoding:
-            return Part(slot, self.cached, [self.last_token], self.adapter, True, True)
+            return Part(slot, self.cached, [self.answer[-1]], self.adapter, True, True)
         tokens = prompt[self.cached : self.cached + budget]
         return Part(slot, self.cached, tokens, self.adapter, self.cached + len(tokens) == len(prompt), False)
 
     def accept(self, token: int, score: TokenScore | None = None) -> None:
         """Take the next token of the answer; replies go out, and `finished` becomes true at the end."""
-        self.generated += 1
-        self.last_token = token
+        self.answer.append(token)
         met = token in self.stop_ids
         full = self.generated >= self.request.max_tokens
         if not met:
@@ -117,7 +134,12 @@ class Row:
     def _finish(self, reason: str) -> None:
         self.finished = True
         self.ticket.reply(
-            Done(reason=reason, prompt_tokens=len(self.request.prompt_ids), completion_tokens=self.generated)
+            Done(
+                reason=reason,
+                prompt_tokens=len(self.request.prompt_ids),
+                completion_tokens=self.generated,
+                cached_tokens=self.reused,
+            )
         )
         self.ticket.closed = True
 
@@ -129,29 +151,43 @@ class RunningRows:
         self._cache = cache
         self.rows: list[Row] = []
         self.n_decoding = 0
+        self.prefixes = Prefixes(cache)
 
     def add(self, row: Row) -> None:
-        """Append a row that has nothing in the cache yet."""
+        """Append a row; what is known of its prompt is in the cache then."""
+        sources = (
+            Source(slot, other.owner, other.sound_tokens)
+            for slot, other in enumerate(self.rows)
+            if other.owner is not None
+        )
+        row.reused = self.prefixes.begin(len(self.rows), row.owner, row.request.prompt_ids, sources)
+        row.cached = row.reused
         self.rows.append(row)
 
     def remove(self, row: Row, *, poisoned: bool = False) -> None:
-        """Take a row out and close the gap. `poisoned` memory (numbers not finite) is wiped first."""
-        hole = self.rows.index(row)
-        if poisoned:
-            self._cache.clear(hole)
-        if hole < self.n_decoding:
-            last = self.n_decoding - 1
-            self._move(last, hole)
-            self.n_decoding, hole = last, last
-        for slot in range(hole, len(self.rows) - 1):
-            self._move(slot + 1, slot)
-        self.rows.pop()
+        """Take a row out and close the gap; what it computed is kept behind the others while there is room.
 
-    def _move(self, source: int, target: int) -> None:
-        if source != target:
+        Memory of a `poisoned` row (numbers not finite), or of one that may be, is wiped.
+        """
+        hole = self.rows.index(row)
+        sound = [] if poisoned else row.sound_tokens
+        if poisoned or (row.cached and not sound):
+            self._cache.clear(hole, None if poisoned else row.cached)
+        kept = sound if row.owner is not None else []
+        path = [hole]
+        if hole < self.n_decoding:
+            self.n_decoding -= 1
+            path += [self.n_decoding] if hole < self.n_decoding else []
+            path += range(self.n_decoding + 1, len(self.rows))
+        else:
+            path += range(hole + 1, len(self.rows))
+        if len(path) > 1:
+            self._cache.cycle(path, [len(kept), *(self.rows[slot].cached for slot in path[1:])])
+        for target, source in pairwise(path):
             self.rows[target] = self.rows[source]
-            if self.rows[source].cached:
-                self._cache.move(source, target, self.rows[source].cached)
+        self.rows.pop()
+        if row.owner is not None:
+            self.prefixes.keep(len(self.rows), row.owner, kept)
 
     def advance(self, row: Row, n_tokens: int) -> None:
         """Note that `n_tokens` more of a row are cached. Prompts end in the order of their slots."""

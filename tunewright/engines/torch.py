@@ -148,6 +148,9 @@ class Engine:
             adapter_load_ms=self._adapter_load_ms,
             step_s=0.0 if (began := self._step_began_s) is None else mono_s() - began,
             running=[row.request.fingerprint for row in tuple(self._running.rows)],
+            prefix_hits=self._running.prefixes.hits,
+            prefix_tokens_reused=self._running.prefixes.tokens_reused,
+            prefix_tokens_total=self._running.prefixes.tokens_total,
         )
 
     def _notify(self) -> None:
@@ -280,6 +283,7 @@ class Engine:
             adapter_id = ticket.request.adapter_id
             older = any(t.key and t.key.adapter_id == adapter_id and t.number < ticket.number for t in waiting)
             ticket.closed = not older and self._shelf.forget(adapter_id)
+            self._running.prefixes.forget(adapter_id)
             if not ticket.closed:
                 barriers.setdefault(adapter_id, ticket.number)
             if not ticket.answered:
@@ -352,7 +356,7 @@ class Engine:
         if row.ticket.key:
             self._shelf.give_back(row.ticket.key)
         if not self._running.rows:
-            self._cache.release_if_large()
+            self._running.prefixes.release_memory()
 
     def _end_probe(self, probe: Probe) -> None:
         self._probes.remove(probe)
@@ -446,6 +450,7 @@ class Engine:
         for row in list(self._running.rows):
             row.ticket.fail(_engine_error())
             self._end(row, poisoned=True)
+        self._running.prefixes.forget()
         for probe in list(self._probes):
             probe.ticket.fail(_engine_error())
             self._end_probe(probe)
