@@ -1,11 +1,16 @@
 """What the engine's tests share: one tiny base, adapters of three ranks, reference answers."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 from tests.engines.adapters import Reference, make_adapter
+from tests.engines.engine_calls import CPU, Factory
+from tunewright.engines.decoder import Decoder
+from tunewright.engines.loading import load_decoder
+from tunewright.rendering.renderer import Renderer
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -30,3 +35,21 @@ def adapters(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> list[
 @pytest.fixture(scope="session")
 def reference(tiny_base: Path) -> Reference:
     return Reference(tiny_base)
+
+
+@pytest.fixture(scope="module")
+def tiny_decoder(tiny_base: Path) -> Decoder:
+    return load_decoder(tiny_base, CPU, 256)
+
+
+@pytest.fixture(scope="module")
+def renderer(tiny_base: Path) -> Renderer:
+    return Renderer(tiny_base)
+
+
+@pytest.fixture
+def engine_of(tiny_base: Path, renderer: Renderer) -> Iterator[Factory]:
+    factory = Factory(tiny_base, renderer)
+    yield factory
+    for engine in factory.engines:
+        engine.stop()

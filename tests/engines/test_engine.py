@@ -3,7 +3,6 @@
 import json
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from tunewright.engines.batch import Batch
 from tunewright.engines.decoder import Decoder
 from tunewright.engines.general import GeneralDecoder
 from tunewright.engines.kv_cache import SlotCache
-from tunewright.engines.loading import load_decoder, load_model
+from tunewright.engines.loading import load_model
 from tunewright.errors import InvalidRequest, Unavailable
 from tunewright.rendering.answer_grammar import json_grammar
 from tunewright.rendering.renderer import Renderer
@@ -43,6 +42,7 @@ class Fragile:
         self.n_embeddings = inner.n_embeddings
         self.linears = inner.linears
         self.prepare = inner.prepare
+        self.states = inner.states
         self.pause_s = 0.0
         self.steps = 0
 
@@ -61,24 +61,6 @@ class Fragile:
                         if chunk.start <= index < chunk.end:
                             memory[chunk.slot] = torch.nan
         return logits_WV
-
-
-@pytest.fixture(scope="module")
-def tiny_decoder(tiny_base: Path) -> Decoder:
-    return load_decoder(tiny_base, CPU, 256)
-
-
-@pytest.fixture(scope="module")
-def renderer(tiny_base: Path) -> Renderer:
-    return Renderer(tiny_base)
-
-
-@pytest.fixture
-def engine_of(tiny_base: Path, renderer: Renderer) -> Iterator[Factory]:
-    factory = Factory(tiny_base, renderer)
-    yield factory
-    for engine in factory.engines:
-        engine.stop()
 
 
 def test_a_seed_gives_the_same_text_in_any_company(

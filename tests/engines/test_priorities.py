@@ -7,16 +7,8 @@ from pathlib import Path
 import torch
 
 from tests.engines.adapters import Reference, request_values
+from tests.engines.engine_calls import SMALL_STEPS, Call, Factory, expected, wait_until
 from tests.engines.engine_worker import generate_request
-from tests.engines.test_engine import (  # noqa: F401  # fixtures
-    SMALL_STEPS,
-    Call,
-    Factory,
-    engine_of,
-    expected,
-    renderer,
-    tiny_decoder,
-)
 from tunewright.deployments.ports import Done, TokenText, Trouble
 from tunewright.engines.batch import Batch
 from tunewright.engines.decoder import Decoder
@@ -33,6 +25,7 @@ class Slow:
         self.n_embeddings = inner.n_embeddings
         self.linears = inner.linears
         self.prepare = inner.prepare
+        self.states = inner.states
         self.steps = 0
 
     def logits(self, batch: Batch, cache: SlotCache) -> torch.Tensor:
@@ -47,11 +40,11 @@ STEPS_ALONE = -(-PROMPT // SMALL_STEPS.prompt_tokens_alone)
 
 
 def test_an_urgent_request_waits_for_one_step_at_most(
-    tiny_decoder: Decoder,  # noqa: F811
+    tiny_decoder: Decoder,
     adapters: list[Path],
     reference: Reference,
-    renderer: Renderer,  # noqa: F811
-    engine_of: Factory,  # noqa: F811
+    renderer: Renderer,
+    engine_of: Factory,
 ) -> None:
     """All slots are taken by background work, read and answered, and more of it waits."""
     rng = random.Random(3)
@@ -91,10 +84,10 @@ def test_an_urgent_request_waits_for_one_step_at_most(
         answer = (call.text, done.completion_tokens, done.reason)  # type: ignore[union-attr]
         assert answer == expected(reference, renderer, path, request.prompt_ids, 40, STOPS)
     assert yielded, "slots were given up, or the test did not fill them"
-    assert engine.state().active == 0
+    wait_until(lambda: engine.state().active == 0)
 
 
-def test_the_lowest_priority_begins_last(tiny_decoder: Decoder, engine_of: Factory) -> None:  # noqa: F811
+def test_the_lowest_priority_begins_last(tiny_decoder: Decoder, engine_of: Factory) -> None:
     slow = Slow(tiny_decoder)
     engine = engine_of(slow, SMALL_STEPS, slots=1, adapters=1, queue=100)
     ends: list[int] = []

@@ -21,7 +21,17 @@ import structlog
 
 from tunewright.clock import mono_s
 from tunewright.deployments.full_models import FullOrder, prove_full
-from tunewright.deployments.ports import Done, Generate, Prove, State, TokenText, WorkerProcess, WorkerSpec
+from tunewright.deployments.ports import (
+    Done,
+    Embed,
+    Generate,
+    Prove,
+    State,
+    TokenText,
+    Vector,
+    WorkerProcess,
+    WorkerSpec,
+)
 from tunewright.deployments.quarantine import Passenger, Quarantine, fingerprint_of
 from tunewright.deployments.worker_client import WorkerClient, WorkerGone, WorkerSlow
 from tunewright.errors import InvalidRequest, TunewrightError, Unavailable
@@ -87,6 +97,25 @@ class Pool:
             async with aclosing(self._tries(base, request)) as replies:
                 async for reply in replies:
                     yield reply
+
+    async def embed(self, base: Base, request: Embed) -> AsyncGenerator[Vector | Done, None]:
+        """The vectors of texts as they come. Raises Unavailable as `generate` does, or what the engine refuses."""
+        with self._counted(base.code):
+            for last_try in (False, True):
+                worker = self._workers.get(base.code) or await asyncio.wrap_future(self._ready(base))
+                started = False
+                try:
+                    async with aclosing(worker.client.embed(request)) as replies:
+                        async for reply in replies:
+                            started = True
+                            yield reply
+                    return
+                except WorkerSlow:
+                    raise _busy() from None
+                except WorkerGone:
+                    await self._ask(base.code, worker)
+                    if started or last_try:
+                        raise _lost() from None
 
     def check_room(self, base: Base) -> None:
         """Raises Unavailable (`engine_overloaded`) if the worker of `base` would refuse one more request."""

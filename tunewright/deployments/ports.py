@@ -90,6 +90,17 @@ class Prove(msgspec.Struct, frozen=True, kw_only=True, tag="prove"):
     prompts: list[list[int]]
 
 
+class Embed(msgspec.Struct, frozen=True, kw_only=True, tag="embed"):
+    """Vectors of texts (token ids) under the base: its last hidden states, after the final norm, pooled by `mean` over all tokens
+    or taken from the `last` one, and normalised. A `Vector` for each text, in any order, then `Done`."""
+
+    secret: str
+    request_id: str
+    texts: list[list[int]]
+    pooling: str
+    priority: int = 0
+
+
 class Unload(msgspec.Struct, frozen=True, kw_only=True, tag="unload"):
     """Forget an adapter; requests that use it end first."""
 
@@ -103,7 +114,7 @@ class Health(msgspec.Struct, frozen=True, kw_only=True, tag="health"):
     secret: str
 
 
-EngineRequest = Generate | Prove | Unload | Health
+EngineRequest = Generate | Prove | Embed | Unload | Health
 
 
 class TokenScore(msgspec.Struct, frozen=True, array_like=True):
@@ -122,6 +133,13 @@ class TokenText(msgspec.Struct, frozen=True, kw_only=True, tag="token", omit_def
     text: str
     n_tokens: int
     scores: list[TokenScore] = []
+
+
+class Vector(msgspec.Struct, frozen=True, kw_only=True, tag="vector"):
+    """The vector of one text; `data` are little-endian float32."""
+
+    index: int
+    data: bytes
 
 
 class Done(msgspec.Struct, frozen=True, kw_only=True, tag="done"):
@@ -179,7 +197,7 @@ class Trouble(msgspec.Struct, frozen=True, kw_only=True, tag="trouble"):
     values: dict[str, Any] = {}
 
 
-EngineReply = TokenText | Done | Proof | State | Trouble
+EngineReply = TokenText | Vector | Done | Proof | State | Trouble
 
 encode_line = msgspec.json.Encoder().encode
 decode_request = msgspec.json.Decoder(EngineRequest).decode

@@ -9,6 +9,7 @@ import msgspec
 
 from tunewright.deployments.ports import (
     Done,
+    Embed,
     EngineReply,
     EngineRequest,
     Generate,
@@ -19,6 +20,7 @@ from tunewright.deployments.ports import (
     TokenText,
     Trouble,
     Unload,
+    Vector,
     decode_reply,
     encode_line,
 )
@@ -63,6 +65,16 @@ class WorkerClient:
                     if isinstance(reply, Done):
                         return
                 line = await reader.readline()
+
+    async def embed(self, request: Embed) -> AsyncGenerator[Vector | Done, None]:
+        """The vectors of all texts, ending with `Done`."""
+        async with self._exchange(msgspec.structs.replace(request, secret=self._secret)) as reader:
+            while True:
+                reply = _reply(await reader.readline())
+                if isinstance(reply, Vector | Done):
+                    yield reply
+                    if isinstance(reply, Done):
+                        return
 
     async def prove(self, request: Prove, timeout_s: float = 300.0) -> Proof:
         """Load an adapter and measure its effect (see `Prove`). Beside many answers that takes a while."""

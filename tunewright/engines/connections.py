@@ -8,6 +8,7 @@ import msgspec
 
 from tunewright.clock import mono_s
 from tunewright.deployments.ports import (
+    Embed,
     EngineReply,
     Generate,
     Health,
@@ -15,6 +16,7 @@ from tunewright.deployments.ports import (
     TokenText,
     Trouble,
     Unload,
+    Vector,
     decode_request,
     encode_line,
 )
@@ -105,7 +107,7 @@ class Connections:
         try:
             while (reply := await replies.next()) is not None:
                 await _send(writer, reply)
-                if not isinstance(reply, TokenText):
+                if not isinstance(reply, TokenText | Vector):
                     return None
         finally:
             self._engine.cancel(ticket)
@@ -155,7 +157,7 @@ class _Replies:
         return None
 
 
-def _has_grammar(request: Generate | Prove | Unload) -> bool:
+def _has_grammar(request: Generate | Prove | Embed | Unload) -> bool:
     return isinstance(request, Generate) and request.grammar is not None
 
 

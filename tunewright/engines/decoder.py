@@ -29,3 +29,7 @@ class Decoder(Protocol):
         What a row gets does not depend on the adapters of other rows.
         """
         ...
+
+    def states(self, batch: Batch, cache: SlotCache) -> torch.Tensor:
+        """The same step, but returns float32 hidden states [T, E] of all tokens after the last norm, where the head begins."""
+        ...

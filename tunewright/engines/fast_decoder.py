@@ -183,6 +183,17 @@ class FastDecoder:
 
     def logits(self, batch: Batch, cache: SlotCache) -> torch.Tensor:
         """Run one step; returns float32 logits [W, vocabulary] of the wanted tokens."""
+        return self._head(self._last_normed(self._run(batch, cache)[batch.wanted_W])).float()
+
+    def states(self, batch: Batch, cache: SlotCache) -> torch.Tensor:
+        """Run one step; returns float32 states [T, E] of all tokens."""
+        return self._last_normed(self._run(batch, cache)).float()
+
+    def _last_normed(self, x_TE: torch.Tensor) -> torch.Tensor:
+        return functional.rms_norm(x_TE, self._norm_E.shape, self._norm_E, self._eps)
+
+    def _run(self, batch: Batch, cache: SlotCache) -> torch.Tensor:
+        """Through all layers; returns [T, E]."""
         size_E = self._norm_E.shape
         x_TE = functional.embedding(batch.input_ids_T, self._embedding_VE)
         cos_T1D = self._cos_CD[batch.positions_T][:, None]
@@ -199,8 +210,7 @@ class FastDecoder:
             h_TF = functional.silu(gate_TF).mul_(up_TF)
             out_TE = _project(layer.down, h_TF, f"{layer.name}.mlp.down", joints)
             x_TE = x_TE.add_(self._normed(out_TE, layer.after_mlp_norm_E))
-        x_WE = functional.rms_norm(x_TE[batch.wanted_W], size_E, self._norm_E, self._eps)
-        return self._head(x_WE).float()
+        return x_TE
 
     def _attention(
         self,

@@ -155,17 +155,23 @@ class GeneralDecoder:
 
     def logits(self, batch: Batch, cache: SlotCache) -> torch.Tensor:
         """Run one step; returns float32 logits [W, vocabulary] of the wanted tokens."""
+        return self._run(self._model, batch, cache, logits_to_keep=batch.wanted_W).logits[0].float()
+
+    def states(self, batch: Batch, cache: SlotCache) -> torch.Tensor:
+        """Run one step; returns float32 states [T, E] of all tokens."""
+        return self._run(self._model.get_decoder(), batch, cache).last_hidden_state[0].float()
+
+    def _run(self, model: Any, batch: Batch, cache: SlotCache, **options: Any) -> Any:
         step = Step(batch, cache)
         self._joints[:] = joints_of(batch.segments, self.device)
         try:
-            output = self._model(
+            return model(
                 input_ids=batch.input_ids_T[None],
                 position_ids=batch.positions_T[None],
                 **{self._cache_name: _StepCache(step, self._n_layers)},
                 use_cache=True,
-                logits_to_keep=batch.wanted_W,
                 tunewright_step=step,
+                **options,
             )
         finally:
             self._joints.clear()
-        return output.logits[0].float()

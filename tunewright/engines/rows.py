@@ -6,7 +6,17 @@ from itertools import pairwise
 
 import msgspec
 
-from tunewright.deployments.ports import Done, EngineReply, Generate, Prove, TokenScore, TokenText, Trouble, Unload
+from tunewright.deployments.ports import (
+    Done,
+    Embed,
+    EngineReply,
+    Generate,
+    Prove,
+    TokenScore,
+    TokenText,
+    Trouble,
+    Unload,
+)
 from tunewright.engines.adapter_files import Adapter
 from tunewright.engines.adapter_shelf import Key
 from tunewright.engines.answer_text import AnswerText
@@ -21,7 +31,7 @@ from tunewright.errors import TunewrightError
 class Ticket:
     """One request on its way through the engine. `deliver` is called on the engine's thread and must not raise."""
 
-    request: Generate | Prove | Unload
+    request: Generate | Prove | Embed | Unload
     deliver: Callable[[EngineReply], None]
     number: int
     key: Key | None
@@ -33,7 +43,7 @@ class Ticket:
     @property
     def priority(self) -> int:
         """0 for what somebody waits for."""
-        return self.request.priority if isinstance(self.request, Generate) else 0
+        return self.request.priority if isinstance(self.request, Generate | Embed) else 0
 
     def reply(self, *replies: EngineReply) -> None:
         """Hand replies over, unless nobody wants them any more."""

@@ -16,6 +16,7 @@ import torch
 
 from tunewright.clock import mono_s
 from tunewright.deployments.ports import (
+    Embed,
     EngineReply,
     EngineRequest,
     Generate,
@@ -31,6 +32,7 @@ from tunewright.engines.answer_text import AnswerText, StreamDecoder
 from tunewright.engines.batch import Part, make_batch
 from tunewright.engines.constraints import Constraint, Constraints
 from tunewright.engines.decoder import Decoder
+from tunewright.engines.embedding import Embedding
 from tunewright.engines.kv_cache import SlotCache
 from tunewright.engines.placement import Placement
 from tunewright.engines.proof import Probe
@@ -69,7 +71,7 @@ class Engine:
         self._cache = SlotCache(slots=spec.slots, context_tokens=spec.context_tokens)
         self._running = RunningRows(self._cache)
         self._shelf: AdapterShelf[Adapter] = AdapterShelf(spec.adapters)
-        self._probes: list[Probe] = []
+        self._probes: list[Probe | Embedding] = []
         self._changed = threading.Condition()
         self._waiting: list[Ticket] = []  # guarded by _changed, oldest first
         self._loaded: list[tuple[Key, Adapter | TunewrightError]] = []  # guarded by _changed
@@ -103,7 +105,7 @@ class Engine:
 
     def submit(
         self,
-        request: Generate | Prove | Unload,
+        request: Generate | Prove | Embed | Unload,
         deliver: Callable[[EngineReply], None],
         constraint: Constraint | None = None,
     ) -> Ticket:
@@ -157,10 +159,10 @@ class Engine:
         self._wake = True
         self._changed.notify()
 
-    def _check(self, request: Generate | Prove | Unload) -> Key | None:
+    def _check(self, request: Generate | Prove | Embed | Unload) -> Key | None:
         if isinstance(request, Unload):
             return None
-        prompts = request.prompts if isinstance(request, Prove) else [request.prompt_ids]
+        prompts = _prompts_of(request)
         answer = request.max_tokens if isinstance(request, Generate) else 0
         allowed = range(min(self._vocabulary, self._decoder.n_embeddings))
         if not prompts or not all(prompts) or any(i not in allowed for prompt in prompts for i in prompt):
@@ -184,7 +186,7 @@ class Engine:
                 answer=answer,
                 limit=self._context_tokens,
             )
-        if request.adapter_id is None:
+        if isinstance(request, Embed) or request.adapter_id is None:
             return None
         if self._own_weights:
             raise adapter_invalid(["this instance serves a model with weights of its own"])
@@ -243,7 +245,7 @@ class Engine:
         for key in decision.load:
             self._shelf.begin_load(key)
             request = next(ticket.request for ticket in candidates if ticket.key == key)
-            if not isinstance(request, Unload) and request.adapter_path is not None:
+            if isinstance(request, Generate | Prove) and request.adapter_path is not None:
                 self._loader.submit(self._load, key, Path(request.adapter_path))
         gone = {id(candidates[index]) for index in decision.admit}
         with self._changed:
@@ -329,6 +331,8 @@ class Engine:
         try:
             if isinstance(request, Prove) and adapter is not None:
                 self._probes.append(Probe(ticket, request, adapter))
+            elif isinstance(request, Embed):
+                self._probes.append(Embedding(ticket, request))
             elif isinstance(request, Generate):
                 self._running.add(self._row(ticket, request, adapter))
         except Exception:
@@ -358,14 +362,14 @@ class Engine:
         if not self._running.rows:
             self._running.prefixes.release_memory()
 
-    def _end_probe(self, probe: Probe) -> None:
+    def _end_probe(self, probe: Probe | Embedding) -> None:
         self._probes.remove(probe)
         if probe.ticket.key:
             self._shelf.give_back(probe.ticket.key)
 
     def _step(self) -> None:
         if self._probes:
-            self._step_probe(self._probes[0])
+            self._step_probe(self._next_probe())
         chosen = self._running.parts(self._placement.prompt_tokens_beside_decode, self._placement.prompt_tokens_alone)
         if not chosen:
             return
@@ -429,7 +433,19 @@ class Engine:
             self._end(row)
         return None
 
-    def _step_probe(self, probe: Probe) -> None:
+    def _next_probe(self) -> Probe | Embedding | None:
+        """They take turns; one that nobody waits for has none while there is anything else."""
+        urgent = [probe for probe in self._probes if not probe.ticket.priority]
+        if not urgent and any(not row.ticket.priority for row in self._running.rows):
+            return None
+        chosen = (urgent or self._probes)[0]
+        self._probes.remove(chosen)
+        self._probes.append(chosen)
+        return chosen
+
+    def _step_probe(self, probe: Probe | Embedding | None) -> None:
+        if probe is None:
+            return
         busy = bool(self._running.rows)
         budget = self._placement.prompt_tokens_beside_decode if busy else self._placement.prompt_tokens_alone
         try:
@@ -437,7 +453,7 @@ class Engine:
         except TunewrightError as error:
             probe.ticket.fail(error)
         except Exception:
-            _log.exception("a proof failed")
+            _log.exception("a proof or an embedding failed")
             probe.ticket.fail(_engine_error())
         else:
             if proof is None:
@@ -454,6 +470,12 @@ class Engine:
         for probe in list(self._probes):
             probe.ticket.fail(_engine_error())
             self._end_probe(probe)
+
+
+def _prompts_of(request: Generate | Prove | Embed) -> list[list[int]]:
+    if isinstance(request, Prove):
+        return request.prompts
+    return request.texts if isinstance(request, Embed) else [request.prompt_ids]
 
 
 def score_of(logits_V: torch.Tensor, token: int, n_top: int) -> TokenScore:
