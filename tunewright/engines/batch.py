@@ -4,7 +4,7 @@ Shape legend: T tokens of the step, B decoding rows, L cached tokens of a row, W
 """
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -72,7 +72,7 @@ class Batch:
     wanted_W: torch.Tensor
     wanted_order: list[int]
     """Which part each wanted token belongs to, in the order of the logits."""
-    masks: dict[tuple[object, ...], torch.Tensor] = field(default_factory=dict)
+    masks: dict[tuple[object, ...], Any] = field(default_factory=dict)
     """Attention masks of this step, made once and used by all layers."""
 
 

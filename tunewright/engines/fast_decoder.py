@@ -25,7 +25,10 @@ from transformers import (
 
 from tunewright.engines.adapter_files import Pair
 from tunewright.engines.batch import Batch
+from tunewright.engines.decode_graphs import DecodeGraphs, record_on_cuda
+from tunewright.engines.gpu_attention import attention_of
 from tunewright.engines.kv_cache import SlotCache
+from tunewright.engines.placement import FLASH
 from tunewright.engines.stacks import Joint, Seat, Stacks, add_changes, joints_of
 
 _FAMILIES = (
@@ -122,6 +125,8 @@ class FastDecoder:
         self._merged = _merged_of(inner.layers[0])
         # Qwen's layers say it each for itself, Mistral's configuration for all of them.
         self._window: int | None = config.sliding_window if type(model) is MistralForCausalLM else None
+        records = attention_of(model.device, self.dtype, self._head_size) == FLASH
+        self._graphs = DecodeGraphs(self._step, record_on_cuda) if records else None
         self._embedding_VE: torch.Tensor = inner.embed_tokens.weight.detach()
         self.n_embeddings = self._embedding_VE.shape[0]
         self._norm_E: torch.Tensor = inner.norm.weight.detach()
@@ -183,6 +188,9 @@ class FastDecoder:
 
     def logits(self, batch: Batch, cache: SlotCache) -> torch.Tensor:
         """Run one step; returns float32 logits [W, vocabulary] of the wanted tokens."""
+        return self._step(batch, cache) if self._graphs is None else self._graphs.logits(batch, cache)
+
+    def _step(self, batch: Batch, cache: SlotCache) -> torch.Tensor:
         return self._head(self._last_normed(self._run(batch, cache)[batch.wanted_W])).float()
 
     def states(self, batch: Batch, cache: SlotCache) -> torch.Tensor:

@@ -4,6 +4,7 @@ Shape legend: R slots, H key/value heads, Q query heads, C tokens of capacity, D
 B decoding rows, L cached tokens.
 """
 
+import itertools
 import math
 
 import numpy as np
@@ -11,9 +12,11 @@ import torch
 import torch.nn.functional as functional
 
 from tunewright.engines.batch import Batch, Chunk, Group
+from tunewright.engines.gpu_attention import attend_on_gpu
 
 BLOCK_TOKENS = 256
 _ALIGNMENT_BYTES = 64
+_allocations = itertools.count()
 KEEP_IDLE_BYTES = 256 * 2**20
 """So much memory stays when no row runs."""
 
@@ -30,6 +33,8 @@ class SlotCache:
         self.max_tokens = context_tokens
         self.slots = 0
         self.tokens = 0
+        self.allocation = next(_allocations)
+        """A number that no other memory had: while it is the same, nothing has moved."""
         self._keys: dict[int, torch.Tensor] = {}
         self._values: dict[int, torch.Tensor] = {}
 
@@ -44,6 +49,7 @@ class SlotCache:
         if tokens > self.tokens:
             tokens = self.rounded(max(tokens, math.ceil(1.5 * self.tokens)))
         slots, tokens = max(slots, self.slots), max(tokens, self.tokens)
+        self.allocation = next(_allocations)
         for store in (self._keys, self._values):
             for layer, old_RHCD in store.items():
                 new_RHCD = _zeros(slots, old_RHCD.shape[1], tokens, old_RHCD.shape[3], old_RHCD)
@@ -79,6 +85,7 @@ class SlotCache:
     def shrink(self, rows: list[tuple[int, int]]) -> None:
         """Keep only these rows, (slot, tokens) each, in slots 0, 1, ... of this order, and no more room than they need."""
         slots, tokens = len(rows), self.rounded(max((length for _, length in rows), default=0))
+        self.allocation = next(_allocations)
         for store in (self._keys, self._values) if rows else ():
             for layer, old_RHCD in store.items():
                 new_RHCD = _zeros(slots, old_RHCD.shape[1], tokens, old_RHCD.shape[3], old_RHCD)
@@ -98,6 +105,7 @@ class SlotCache:
     def write(self, layer: int, key_THD: torch.Tensor, value_THD: torch.Tensor, batch: Batch) -> None:
         """Store the step's new keys and values of one layer."""
         if layer not in self._keys:
+            self.allocation = next(_allocations)
             self._keys[layer] = _zeros(self.slots, key_THD.shape[1], self.tokens, key_THD.shape[2], key_THD)
             self._values[layer] = _zeros(self.slots, value_THD.shape[1], self.tokens, value_THD.shape[2], value_THD)
         for memory_RHCD, new_THD in ((self._keys[layer], key_THD), (self._values[layer], value_THD)):
@@ -114,6 +122,10 @@ class SlotCache:
         `window` limits how far back a token sees. Returns [T, Q, D of the values].
         """
         keys_RHCD, values_RHCD = self._keys[layer], self._values[layer]
+        if query_TQD.is_cuda:
+            found_TQD = attend_on_gpu(query_TQD, keys_RHCD, values_RHCD, batch, scale, window)
+            if found_TQD is not None:
+                return found_TQD
         out_TQD = query_TQD.new_empty(*query_TQD.shape[:2], values_RHCD.shape[3])
         for chunk in batch.chunks:
             self._attend_chunk(out_TQD, query_TQD, keys_RHCD, values_RHCD, chunk, batch, scale, window)

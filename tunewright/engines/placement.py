@@ -2,6 +2,10 @@
 
 from typing import NamedTuple
 
+FLASH, FLEX, PLAIN = "flash", "flex", "plain"
+_FLASH_FROM, _FLEX_FROM = (8, 0), (7, 5)
+"""Compute capability of CUDA devices."""
+
 
 class Placement(NamedTuple):
     """A torch device name, a torch dtype name, and how many prompt tokens one step may take in."""
@@ -21,6 +25,20 @@ def choose_placement(*, cuda: bool, cuda_bfloat16: bool) -> Placement:
     if cuda:
         return Placement("cuda", "bfloat16" if cuda_bfloat16 else "float16", 2048, 8192)
     return Placement("cpu", "float32", 128, 512)
+
+
+def choose_attention(*, capability: tuple[int, int], dtype: str, head_size: int, flash: bool) -> str:
+    """How attention is computed on a CUDA device: by FlashAttention, if the package is there and knows format and size of the
+    heads, else by compiled flex attention on devices that Triton knows, else by torch's own."""
+    if (
+        flash
+        and capability >= _FLASH_FROM
+        and dtype in ("bfloat16", "float16")
+        and head_size % 8 == 0
+        and head_size <= 256
+    ):
+        return FLASH
+    return FLEX if capability >= _FLEX_FROM else PLAIN
 
 
 def detect_placement() -> Placement:
