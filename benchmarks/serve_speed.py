@@ -104,6 +104,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--concurrent", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--adapters", type=int, nargs="+", default=[4])
+    parser.add_argument("--precision", default="auto", choices=["auto", "fastest", "float32", "bfloat16"])
+    parser.add_argument("--weights", default="exact", choices=["exact", "int8"])
     parser.add_argument("--core", type=int, help="pin client and worker to this core")
     arguments = parser.parse_args()
     if arguments.core is not None:
@@ -113,7 +115,7 @@ def main() -> None:
         adapters = [write_adapter(arguments.model, Path(folder) / f"a{seed}", seed) for seed in range(most)]
         spec = worker_spec(
             arguments.model, base_code=BASE_CODE, threads=arguments.threads, slots=max(arguments.concurrent),
-            adapters=most, queue=256, context_tokens=1024,
+            adapters=most, queue=256, context_tokens=1024, precision=arguments.precision, weights=arguments.weights,
         )  # fmt: skip
         worker = WorkerRun(Path(folder) / "worker", spec).start()
         try:
@@ -129,6 +131,7 @@ def measure(worker: WorkerRun, adapters: list[dict[str, str]], arguments: argpar
     warm: dict[str, Any] = {"prompt_ids": [100] * 8, "max_tokens": 2}
     asyncio.run(one_request(worker.port, warm))
     before = process.memory_info().rss
+    print("".join(line for line in worker.log().splitlines(True) if " INFO " in line), end="")
     print(f"worker ready in {worker.start_s:.1f} s, RSS {before / 1e6:.0f} MB")
     for n in arguments.concurrent:
         print(asyncio.run(run(worker.port, process, vocabulary, n, [])), flush=True)

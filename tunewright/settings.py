@@ -77,7 +77,14 @@ class Settings(BaseSettings):
         default="checkpoint", description="What SIGTERM of the server does to running trainers"
     )
 
-    engine_threads: int = Field(default=0, ge=0, description="Threads of an engine worker; 0 means all cores")
+    engine_threads: int = Field(default=0, ge=0, description="Threads of an engine worker; 0 measures at start")
+    engine_precision: Literal["auto", "fastest", "float32", "bfloat16"] = Field(
+        default="auto", description="Number format of products; auto: float32 on a processor; fastest measures at start"
+    )
+    engine_weights: Literal["exact", "int8"] = Field(
+        default="exact",
+        description="Weights of bases: as they are, or rounded to 8 bits, which is several times as fast",
+    )
     engine_slots: int = Field(default=16, ge=1, description="Sequences decoded together by one worker")
     engine_queue: int = Field(default=256, ge=1, description="Requests waiting at one worker before it refuses")
     engine_adapters: int = Field(default=32, ge=1, description="Adapters held in memory by one worker")

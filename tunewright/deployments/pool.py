@@ -308,6 +308,8 @@ class Pool:
             renderer_hash=renderer_of(_path_of(base)).hash,
             secret=secret,
             threads=settings.engine_threads,
+            precision=settings.engine_precision,
+            weights=settings.engine_weights,
             slots=settings.engine_slots,
             queue=settings.engine_queue,
             adapters=settings.engine_adapters,

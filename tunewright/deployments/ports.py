@@ -31,6 +31,10 @@ class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
     Tokenizer and renderer stay the base's, and there are no adapters: they would be made for other weights."""
     weights_sha256: str | None = None
     """Of that folder's MANIFEST.json, which has those of its other files; without it the folder is not loaded."""
+    precision: str = "auto"
+    """Number format of matrix products: float32, bfloat16, fastest (measured), or auto: float32 on a processor."""
+    weights: str = "exact"
+    """exact, or int8 for weights of 8 bits."""
 
 
 class WorkerProcess(msgspec.Struct, frozen=True, kw_only=True):
@@ -172,6 +176,9 @@ class State(msgspec.Struct, frozen=True, kw_only=True, tag="state"):
     waiting: int
     slots: int
     adapters: list[str]
+    precision: str = ""
+    """Number format of matrix products: float32, bfloat16, float16 or int8."""
+    threads: int = 0
     adapter_hits: int = 0
     """Requests that began, since the worker's start, with an adapter that was not loaded for them."""
     adapter_loads: int = 0

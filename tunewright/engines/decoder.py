@@ -14,6 +14,8 @@ class Decoder(Protocol):
     """A causal model over flattened batches and a slotted cache. Used by one thread, except `prepare`."""
 
     device: str
+    precision: str
+    """The number format of matrix products."""
     n_embeddings: int
     """Token ids below this can be read."""
     linears: dict[str, tuple[int, int]]

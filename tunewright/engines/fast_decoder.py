@@ -7,7 +7,6 @@ Shape legend: T tokens of the step, E model size, F feed-forward size, Q query h
 W tokens whose logits are wanted, V vocabulary.
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -29,6 +28,7 @@ from tunewright.engines.decode_graphs import DecodeGraphs, record_on_cuda
 from tunewright.engines.gpu_attention import attention_of
 from tunewright.engines.kv_cache import SlotCache
 from tunewright.engines.placement import FLASH
+from tunewright.engines.products import HEAD, Product, Products
 from tunewright.engines.stacks import Joint, Seat, Stacks, add_changes, joints_of
 
 _FAMILIES = (
@@ -57,7 +57,7 @@ _PERHAPS = (
 )
 """Norms of which a layer has both or none."""
 
-Product = Callable[[torch.Tensor], torch.Tensor]
+_FLOAT32 = Products()
 
 
 class _Layer(NamedTuple):
@@ -98,23 +98,16 @@ def _merged_of(layer: nn.Module) -> dict[str, tuple[str, ...]]:
     return _MERGED_OF_GLM if hasattr(layer.get_submodule("mlp"), "gate_up_proj") else _MERGED
 
 
-def linear_product(weight_OI: torch.Tensor, bias_O: torch.Tensor | None = None) -> Product:
-    """A function x -> x @ weight.T + bias. On processors it is packed once for oneDNN: twice as fast for small batches."""
-    if weight_OI.device.type == "cpu" and weight_OI.dtype == torch.float32 and torch.backends.mkldnn.is_available():
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight_OI)
-        pointwise = torch.ops.mkldnn._linear_pointwise
-        return lambda x: pointwise(x, packed, bias_O, "none", [], "")
-    return lambda x: functional.linear(x, weight_OI, bias_O)
-
-
 class FastDecoder:
     """Takes a model apart (its weights move out, the object is of no use afterwards) and runs it on flattened batches."""
 
-    def __init__(self, model: PreTrainedModel, *, context_tokens: int) -> None:
+    def __init__(self, model: PreTrainedModel, *, context_tokens: int, products: Products = _FLOAT32) -> None:
         config: Any = model.config
         inner: Any = model.get_decoder()
         self.device = str(model.device)
         self.dtype = model.dtype
+        self.precision = products.precision if self.dtype == torch.float32 else str(self.dtype).removeprefix("torch.")
+        self._products = products
         attention: Any = inner.layers[0].self_attn
         self._head_size: int = attention.head_dim
         self._n_q: int = config.num_attention_heads
@@ -140,7 +133,7 @@ class FastDecoder:
         }
         self._stacks = Stacks(merged, self.linears, torch.empty(0, dtype=self.dtype, device=self.device))
         head: Any = model.get_output_embeddings()
-        self._head = linear_product(head.weight.detach())
+        self._head = products.of(HEAD, head.weight.detach())
 
     def _rotation_table(self, rotary: nn.Module, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
         with torch.inference_mode():
@@ -164,7 +157,7 @@ class FastDecoder:
                 out, into = weights[f"{part}.weight"].shape
                 self.linears[f"{name}.{part}"] = (into, out)
                 layer.get_submodule(part).weight = nn.Parameter(torch.empty(0), requires_grad=False)
-            products[merged] = linear_product(*_joined(weights, parts))
+            products[merged] = self._products.of(f"{name}.{parts[0]}", *_joined(weights, parts))
             for part in parts:
                 del weights[f"{part}.weight"]
         q_norm_D, k_norm_D = weights.get("self_attn.q_norm.weight"), weights.get("self_attn.k_norm.weight")

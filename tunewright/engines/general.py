@@ -129,6 +129,7 @@ class GeneralDecoder:
         self._joints: list[Joint] = []
         self.device = str(model.device)
         self.dtype = model.dtype
+        self.precision = str(model.dtype).removeprefix("torch.")
         # Releases of transformers before 5.24 call it past_key_values, as some models of later ones do.
         named = inspect.signature(model.forward).parameters
         self._cache_name = "cache" if "cache" in named else "past_key_values"

@@ -1,29 +1,35 @@
 """Where a model runs and in which number format."""
 
+import json
+import logging
+from pathlib import Path
 from typing import NamedTuple
 
+_log = logging.getLogger(__name__)
 FLASH, FLEX, PLAIN = "flash", "flex", "plain"
 _FLASH_FROM, _FLEX_FROM = (8, 0), (7, 5)
 """Compute capability of CUDA devices."""
 
 
 class Placement(NamedTuple):
-    """A torch device name, a torch dtype name, and how many prompt tokens one step may take in."""
+    """A torch device name, a torch dtype name, how many prompt tokens one step may take in, and the number format of matrix
+    products (`products.py`), which may differ from the dtype on processors."""
 
     device: str
     dtype: str
     prompt_tokens_beside_decode: int
     prompt_tokens_alone: int
+    precision: str = "float32"
 
 
 def choose_placement(*, cuda: bool, cuda_bfloat16: bool) -> Placement:
     """CUDA in bfloat16 (float16 on cards without it), else the processor in float32.
 
-    float32 because bfloat16 products run at half the speed on processors without matrix units. The prompt budgets keep
-    the pause that a newcomer's prompt causes to its decoding neighbours at a fraction of a second.
+    The prompt budgets keep the pause that a newcomer's prompt causes to its decoding neighbours at a fraction of a second.
     """
     if cuda:
-        return Placement("cuda", "bfloat16" if cuda_bfloat16 else "float16", 2048, 8192)
+        dtype = "bfloat16" if cuda_bfloat16 else "float16"
+        return Placement("cuda", dtype, 2048, 8192, dtype)
     return Placement("cpu", "float32", 128, 512)
 
 
@@ -49,10 +55,34 @@ def detect_placement() -> Placement:
     return choose_placement(cuda=cuda, cuda_bfloat16=cuda and torch.cuda.is_bf16_supported())
 
 
-def use_threads(threads: int) -> None:
-    """Compute with so many threads from now on; 0 leaves the choice to torch (all cores)."""
+def placement_of(folder: Path, precision: str, weights: str) -> Placement:
+    """`detect_placement` for a model, with products in the format that is asked for.
+
+    On a processor auto is float32 whatever the speed: rows are rounded the same alone and in company nearly always, which in
+    bfloat16 they are not, and a seed is to give the same text in both. `fastest` is measured (0.1 s).
+    """
+    placement = detect_placement()
+    if placement.device != "cpu":
+        return placement if precision != "float32" else placement._replace(dtype="float32", precision="float32")
+    if weights == "int8" or precision != "fastest":
+        chosen = "int8" if weights == "int8" else precision.replace("auto", "float32")
+        return placement._replace(precision=chosen)
+    from tunewright.engines.measuring import choose_precision
+
+    config = json.loads((folder / "config.json").read_text())
+    hidden, width = (config.get(key) or 1024 for key in ("hidden_size", "intermediate_size"))
+    chosen, speeds = choose_precision(hidden, width)
+    _log.info("fastest is %s: %s", chosen, ", ".join(f"{name} {speed:.0f} GFLOP/s" for name, speed in speeds.items()))
+    return placement._replace(precision=chosen)
+
+
+def use_threads(threads: int) -> int:
+    """Compute with so many threads from now on, for 0 with as many as are fastest here; returns their number."""
     import torch
 
+    from tunewright.engines.measuring import choose_threads
+
     torch.set_num_interop_threads(1)
-    if threads:
-        torch.set_num_threads(threads)
+    chosen = choose_threads(threads)
+    torch.set_num_threads(chosen)
+    return chosen

@@ -275,7 +275,7 @@ def _joint(run: list[Segment], device: str) -> Joint:
     if min(lengths) < longest:
         tokens = [start + min(i, end - start - 1) for start, end, _ in run for i in range(longest)]
         places = [k * longest + i for k, length in enumerate(lengths) for i in range(length)]
-        gather, valid = torch.tensor([tokens], device=device)[0], torch.tensor(places, device=device)
+        gather, valid = torch.tensor(tokens, device=device), torch.tensor(places, device=device)
     seat = run[0].adapter.seat
     used = tuple(segment.adapter.used for segment in run if segment.adapter.used is not None)
     return Joint(seat.stack.factors(seat.number, len(run)), len(run), run[0].start, run[-1].end, gather, valid, used)

@@ -145,6 +145,8 @@ class Engine:
             waiting=len(self._waiting),
             slots=self._slots,
             adapters=self._shelf.ids(),
+            precision=self._decoder.precision,
+            threads=self._threads,
             adapter_hits=max(0, self._adapter_uses - self._adapter_loads),
             adapter_loads=self._adapter_loads,
             adapter_load_ms=self._adapter_load_ms,

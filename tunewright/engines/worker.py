@@ -21,6 +21,7 @@ from tunewright.errors import Misconfigured, TunewrightError
 from tunewright.files_on_disk import write_atomically
 from tunewright.i18n import mark
 from tunewright.models.whole_models import verify
+from tunewright.rendering.canary import canaries
 from tunewright.rendering.renderer import Renderer
 
 if TYPE_CHECKING:
@@ -85,18 +86,19 @@ def _build_engine(spec: WorkerSpec) -> "Engine":
         rendering = side_by_side.submit(Renderer, folder)
         from tunewright.engines.constraints import Constraints
         from tunewright.engines.loading import load_decoder
-        from tunewright.engines.placement import detect_placement, use_threads
+        from tunewright.engines.placement import placement_of, use_threads
         from tunewright.engines.torch import Engine
 
-        use_threads(spec.threads)
+        spec = msgspec.structs.replace(spec, threads=use_threads(spec.threads))
         verified.result()
         renderer = rendering.result()
         if renderer.hash != spec.renderer_hash:
             raise Misconfigured(
                 "renderer_changed", mark("This worker would render conversations in another way than the server.")
             )
-        placement = detect_placement()
-        decoder = load_decoder(Path(spec.weights_path or folder), placement, spec.context_tokens)
+        weights = Path(spec.weights_path or folder)
+        placement = placement_of(weights, spec.precision, spec.weights)
+        decoder = load_decoder(weights, placement, spec.context_tokens, canaries(renderer))
     decoder_of = renderer.stream_decoder
     constraints = Constraints(folder / "tokenizer.json", renderer.stop_ids, renderer.vocabulary_size, decoder_of)
     return Engine(

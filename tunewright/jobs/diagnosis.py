@@ -247,6 +247,10 @@ EXPLANATIONS: dict[str, Explanation] = {
         mark("The engine's decoder does not agree with the base model's own code, so no effect can be proven."),
         _say(_OTHER_BASE),
     ),
+    "int8_inexact": Explanation(
+        mark("With weights of 8 bits the base model's answers are too far from its own, so no effect can be proven."),
+        _say(_OTHER_BASE),
+    ),
     "unsupported_method": Explanation(
         mark("This release has no recipe for this method and training type."), _say(_OTHER_BASE)
     ),

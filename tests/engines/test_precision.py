@@ -1,0 +1,135 @@
+"""Products in bfloat16 and in 8 bits: near the exact ones, alone and in company, and refused where they are not."""
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.engines.adapters import BASE_CODE, Reference, request_values
+from tunewright.engines import loading, measuring
+from tunewright.engines.adapter_files import Adapter, read_adapter
+from tunewright.engines.batch import Part, make_batch
+from tunewright.engines.decoder import Decoder
+from tunewright.engines.kv_cache import SlotCache
+from tunewright.engines.loading import load_decoder
+from tunewright.engines.measuring import better, choose_precision, choose_threads, product_speeds
+from tunewright.engines.placement import choose_placement, placement_of, use_threads
+from tunewright.engines.products import Products
+from tunewright.errors import Misconfigured
+
+CPU = choose_placement(cuda=False, cuda_bfloat16=False)
+NEAR = {"float32": 1e-4, "bfloat16": 0.05, "int8": 0.1}
+"""Largest difference of a logit from the exact one, beside the largest logit."""
+
+
+@pytest.fixture(scope="module", params=list(NEAR))
+def decoder(request: pytest.FixtureRequest, tiny_base: Path) -> Decoder:
+    rng = random.Random(0)
+    texts = [[rng.randrange(600) for _ in range(30)] for _ in range(3)]
+    found = load_decoder(tiny_base, CPU._replace(precision=request.param), 256, texts)
+    assert found.precision == request.param
+    return found
+
+
+@torch.inference_mode()
+def test_rows_alone_and_in_company_are_near_the_exact_ones(
+    decoder: Decoder, adapters: list[Path], reference: Reference
+) -> None:
+    rng = random.Random(1)
+    worn: list[Path | None] = [None, adapters[0], adapters[1], adapters[0], None]
+    values = {path: request_values(path) for path in adapters}
+    loaded = {
+        path: Adapter(path.name, n, decoder.prepare(pairs))
+        for path in adapters
+        for pairs, n in [read_adapter(path, values[path]["adapter_sha256"], BASE_CODE, decoder.linears)]
+    }
+    rows = [[rng.randrange(600) for _ in range(n)] for n in (9, 30, 4, 17, 12)]
+    prompts = [
+        Part(i, 0, row[:-1], loaded[path] if path else None, True, False)
+        for i, (row, path) in enumerate(zip(rows, worn, strict=True))
+    ]
+    last = [
+        part._replace(offset=len(row) - 1, tokens=row[-1:], decoding=True)
+        for part, row in zip(prompts, rows, strict=True)
+    ]
+    cache = SlotCache(slots=5, context_tokens=64)
+    cache.reserve(5, 64)
+    for some, cut in ((prompts, -1), (last, None)):
+        batch = make_batch(some, "cpu")
+        together = decoder.logits(batch, cache)
+        for place, index in enumerate(batch.wanted_order):
+            exact_V = reference.logits(worn[index], rows[index][:cut])[-1]
+            limit = NEAR[decoder.precision] * float(exact_V.abs().max())
+            assert float((together[place] - exact_V).abs().max()) <= limit
+            alone = SlotCache(slots=1, context_tokens=64)
+            alone.reserve(1, 64)
+            part = Part(0, 0, rows[index][:cut], some[index].adapter, True, False)
+            assert float((decoder.logits(make_batch([part], "cpu"), alone)[0] - exact_V).abs().max()) <= limit
+
+
+def test_products_of_8_bits_take_large_features_apart() -> None:
+    """A feature that is a thousand times as large as the others would leave them no steps."""
+    generator = torch.Generator().manual_seed(0)
+    x_TI, weight_OI = torch.randn(40, 64, generator=generator), torch.randn(48, 64, generator=generator)
+    x_TI[:, 3] *= 1000
+    x_TI[:, 9] *= 20
+    bias_O = torch.randn(48, generator=generator)
+    exact_TO = x_TI @ weight_OI.t() + bias_O
+    kept_TI = x_TI.clone()
+
+    def error(products: Products) -> float:
+        found_TO = products.of("a", weight_OI, bias_O)(x_TI)
+        return float((found_TO - exact_TO).pow(2).mean().sqrt() / (x_TI[:, :3] @ weight_OI[:, :3].t()).std())
+
+    assert error(Products("float32")) < 1e-3
+    assert error(Products("int8", {"a": x_TI.abs().amax(dim=0)})) < 0.1
+    assert error(Products("int8")) > 1
+    assert torch.equal(x_TI, kept_TI)
+    assert torch.isfinite(Products("int8").of("a", torch.zeros(8, 16))(torch.zeros(2, 16))).all()
+
+
+def test_a_base_that_8_bits_change_too_much_is_refused(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "MAX_DIVERGENCE", 1e-9)
+    with pytest.raises(Misconfigured) as caught:
+        load_decoder(tiny_base, CPU._replace(precision="int8"), 64, [[1, 2, 3]])
+    assert caught.value.code == "int8_inexact"
+    assert caught.value.values["limit"] == 1e-9
+
+
+def test_a_decoder_that_does_something_else_is_refused_in_every_format(
+    tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights of one projection exchanged: the divergence of a model that knows little is small, its logits are others."""
+    of = Products.of
+
+    def wrong(self: Products, name: str, weight_OI: torch.Tensor, bias_O: torch.Tensor | None = None) -> object:
+        return of(self, name, weight_OI.flip(0) if name.endswith("1.mlp.gate_proj") else weight_OI, bias_O)
+
+    monkeypatch.setattr(Products, "of", wrong)
+    for precision in NEAR:
+        with pytest.raises(Misconfigured):
+            load_decoder(tiny_base, CPU._replace(precision=precision), 64)
+
+
+def test_the_faster_format_is_chosen(monkeypatch: pytest.MonkeyPatch, tiny_base: Path) -> None:
+    speeds = product_speeds(64, 96)
+    assert set(speeds) == {"float32", "bfloat16"} and min(speeds.values()) > 0
+    for bfloat16, chosen in ((1.2, "float32"), (1.4, "bfloat16")):
+        monkeypatch.setattr(measuring, "product_speeds", lambda *_, b=bfloat16: {"float32": 100.0, "bfloat16": 100 * b})
+        assert choose_precision(64, 96)[0] == chosen
+        assert placement_of(tiny_base, "fastest", "exact").precision == chosen
+    for wanted, precision in (("auto", "float32"), ("float32", "float32"), ("bfloat16", "bfloat16")):
+        assert placement_of(tiny_base, wanted, "exact").precision == precision
+        assert placement_of(tiny_base, wanted, "int8").precision == "int8"
+
+
+def test_threads_are_as_asked_or_measured() -> None:
+    before = torch.get_num_threads()
+    try:
+        assert choose_threads(3) == 3
+        assert choose_threads(0) >= 1
+        assert (better(1.0, 0.6, 2), better(1.0, 0.9, 2), better(1.0, 10.0, 2)) == (2, 1, 1)
+        assert use_threads(1) == torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
