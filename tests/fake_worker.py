@@ -2,7 +2,8 @@
 
 The connections are those of the product; only the engine is a stand-in, which costs next to nothing. It gives every running
 request a token in each step. Token n is the text "n ", so what is lost, doubled or out of order is seen. The seed of a request
-says what it does to the worker (below). `fake.json` in the home's folder `workers` says how long a step takes.
+says what it does to the worker (below). `fake.json` in the home's folder `workers` says how long a step takes (`step_s`), and how
+many blanks follow each token (`padding`).
 """
 
 import asyncio
@@ -47,9 +48,10 @@ LATE = 20
 class FakeEngine:
     """What `Connections` asks of an engine. One thread, one step for all."""
 
-    def __init__(self, spec: WorkerSpec, step_s: float) -> None:
+    def __init__(self, spec: WorkerSpec, step_s: float = 0.005, padding: int = 0) -> None:
         self._spec = spec
         self._step_s = step_s
+        self._padding = " " * padding
         self._lock = threading.Lock()
         self._waiting: list[Ticket] = []
         self._rows: list[tuple[Ticket, list[int]]] = []
@@ -107,7 +109,7 @@ class FakeEngine:
             os._exit(1)
         while request.seed == HANGS:
             time.sleep(1)
-        ticket.reply(TokenText(text=f"{count[0]} ", n_tokens=count[0] + 1))
+        ticket.reply(TokenText(text=f"{count[0]} {self._padding}", n_tokens=count[0] + 1))
         count[0] += 1
         if count[0] >= request.max_tokens:
             ticket.reply(Done(reason="length", prompt_tokens=len(request.prompt_ids), completion_tokens=count[0]))
@@ -117,8 +119,8 @@ class FakeEngine:
 async def serve(folder: Path) -> None:
     spec = msgspec.json.decode((folder / "spec.json").read_bytes(), type=WorkerSpec)
     told = folder.parent / "fake.json"
-    step_s = json.loads(told.read_text())["step_s"] if told.exists() else 0.005
-    connections = Connections(FakeEngine(spec, step_s), spec.secret)  # type: ignore[arg-type]
+    options = json.loads(told.read_text()) if told.exists() else {}
+    connections = Connections(FakeEngine(spec, **options), spec.secret)  # type: ignore[arg-type]
     server = await connections.listen()
     port = server.sockets[0].getsockname()[1]
     process = WorkerProcess(pid=os.getpid(), start_ticks=_own_start_ticks(), port=port, worker_id=spec.worker_id)

@@ -41,6 +41,7 @@ from tunewright.deployments.ports import (
     decode_reply,
     encode_line,
 )
+from tunewright.deployments.worker_client import WorkerClient
 from tunewright.models.whole_models import seal
 from tunewright.rendering.renderer import Renderer
 
@@ -173,6 +174,19 @@ async def test_a_slow_reader_gets_everything_and_holds_nobody_up(
     text = "".join(reply.text for reply in replies if isinstance(reply, TokenText))
     assert isinstance(replies[-1], Done)
     assert text == solo(tiny_base, reference, None, [8, 9], 30)
+
+
+async def test_probabilities_that_pile_up_for_a_slow_reader_all_come(worker: WorkerRun) -> None:
+    """Twenty alternatives at each place make a kilobyte: joined without end, lines would be longer than the gateway reads."""
+    request = generate_request(prompt_ids=[8, 9], max_tokens=700, top_logprobs=20)
+    scores = 0
+    async for reply in WorkerClient(worker.port, SECRET).generate(request):
+        if isinstance(reply, TokenText):
+            if not scores:
+                while (await health(worker.port)).active:
+                    await asyncio.sleep(0.05)
+            scores += len(reply.scores)
+    assert scores == 700
 
 
 def prove_request(path: Path) -> Prove:

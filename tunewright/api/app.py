@@ -53,18 +53,18 @@ from tunewright.wiring import Platform
 ERROR_TABLES = (zhipu_errors.TABLE, openai_errors.TABLE)
 """The last one also answers on the paths of neither dialect."""
 ROUTERS = (
+    zhipu_chat.router,
+    openai_chat.router,
     zhipu_files.router,
     zhipu_uploads.router,
     zhipu_fine_tuning.router,
     zhipu_models.router,
-    zhipu_chat.router,
     zhipu_async_chat.router,
     zhipu_batches.router,
     openai_files.router,
     openai_uploads.router,
     openai_fine_tuning.router,
     openai_models.router,
-    openai_chat.router,
     openai_batches.router,
     native_uploads.router,
     native_datasets.router,

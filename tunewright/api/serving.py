@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import resource
 import socket
 import threading
 from collections.abc import Callable
@@ -19,6 +20,16 @@ from tunewright.wiring import Platform
 EXIT_HURRIED = 1
 """After a second signal. Streams are cut, trainers and engines go on until the next start finds them."""
 _POLL_S = 0.05
+_MOST_FILES = 65_536
+_CONNECTION_OPTIONS = {
+    "SO_KEEPALIVE": 1,
+    "TCP_KEEPIDLE": 10,
+    "TCP_KEEPINTVL": 5,
+    "TCP_USER_TIMEOUT": 25_000,
+    "TCP_NOTSENT_LOWAT": 64 * 2**10,
+}
+"""What every connection inherits. A client that vanished without a word is noticed within 25 s, whether it was written to or only
+waited; and what a slow one does not take is not piled up in the kernel."""
 
 
 class Listener:
@@ -29,6 +40,10 @@ class Listener:
         descriptor = inherited_listener()
         self.inherited = descriptor is not None
         self.socket = _bound(settings) if descriptor is None else socket.socket(fileno=descriptor)
+        for name, value in _CONNECTION_OPTIONS.items():
+            if hasattr(socket, name):  # Linux has all of them
+                level = socket.SOL_SOCKET if name.startswith("SO_") else socket.IPPROTO_TCP
+                self.socket.setsockopt(level, getattr(socket, name), value)
         self.address = f"http://{settings.host}:{self.socket.getsockname()[1]}"
 
 
@@ -46,6 +61,14 @@ def _bound(settings: Settings) -> socket.socket:
             port=settings.port,
         ) from None
     return listener
+
+
+def _raise_file_limit() -> None:
+    """A stream takes two descriptors here and one in its worker, which inherits the limit; 1024 are the custom."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _MOST_FILES if hard == resource.RLIM_INFINITY else min(_MOST_FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 class Server(uvicorn.Server):
@@ -75,6 +98,7 @@ class Server(uvicorn.Server):
 
     def serve_until_told(self) -> None:
         """Answer requests until a signal has ended that."""
+        _raise_file_limit()
         self.run(sockets=[self._listener.socket])
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:

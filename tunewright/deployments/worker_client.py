@@ -27,6 +27,8 @@ from tunewright.deployments.ports import (
 from tunewright.errors import TunewrightError
 
 _LINE_LIMIT_BYTES = 1 << 20
+_PIECE_LIMIT_BYTES = 64 * 2**10
+"""Of one line of an answer, and half of what is read ahead for a client that reads slowly."""
 _Reply = TypeVar("_Reply", Proof, State)
 
 
@@ -52,7 +54,8 @@ class WorkerClient:
         self, request: Generate, first_limit_s: float | None = None
     ) -> AsyncGenerator[TokenText | Done, None]:
         """The pieces of one answer, ending with `Done`. WorkerSlow: the first did not come within `first_limit_s`."""
-        async with self._exchange(msgspec.structs.replace(request, secret=self._secret)) as reader:
+        request = msgspec.structs.replace(request, secret=self._secret)
+        async with self._exchange(request, _PIECE_LIMIT_BYTES) as reader:
             try:
                 async with asyncio.timeout(first_limit_s):
                     line = await reader.readline()
@@ -99,9 +102,11 @@ class WorkerClient:
         return reply
 
     @asynccontextmanager
-    async def _exchange(self, request: EngineRequest) -> AsyncIterator[asyncio.StreamReader]:
+    async def _exchange(
+        self, request: EngineRequest, limit: int = _LINE_LIMIT_BYTES
+    ) -> AsyncIterator[asyncio.StreamReader]:
         try:
-            reader, writer = await asyncio.open_connection("127.0.0.1", self._port, limit=_LINE_LIMIT_BYTES)
+            reader, writer = await asyncio.open_connection("127.0.0.1", self._port, limit=limit)
         except ConnectionError:
             raise WorkerGone from None
         except OSError:  # no descriptor or port left: that says nothing about the worker

@@ -29,6 +29,8 @@ LINE_LIMIT_BYTES = 16 * 2**20
 FIRST_LINE_LIMIT_S = 10.0
 STALL_LIMIT_S = 30.0
 _BUFFER_BYTES = 64 * 2**10
+_MOST_JOINED_CHARACTERS = 4096
+_MOST_JOINED_SCORES = 16
 
 _log = logging.getLogger(__name__)
 
@@ -140,7 +142,7 @@ class _Replies:
 
     def _add(self, reply: EngineReply) -> None:
         last = self._pending[-1] if self._pending else None
-        if isinstance(reply, TokenText) and isinstance(last, TokenText):
+        if isinstance(reply, TokenText) and isinstance(last, TokenText) and _short(last):
             scores = last.scores + reply.scores
             self._pending[-1] = TokenText(text=last.text + reply.text, n_tokens=reply.n_tokens, scores=scores)
         else:
@@ -155,6 +157,11 @@ class _Replies:
             self._news.clear()
             await self._news.wait()
         return None
+
+
+def _short(reply: TokenText) -> bool:
+    """Whether more may be joined to it: the gateway reads no line of more than 64 KiB."""
+    return len(reply.text) < _MOST_JOINED_CHARACTERS and len(reply.scores) < _MOST_JOINED_SCORES
 
 
 def _has_grammar(request: Generate | Prove | Embed | Unload) -> bool:
