@@ -20,7 +20,7 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def live_server(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Iterator[LiveServer]:
     """One server for all tests that only call it."""
     server = LiveServer(tmp_path_factory.mktemp("live") / "home")
-    server.run("models", "add", str(tiny_base), "--code", "tiny")
+    server.run("models", "add", str(tiny_base), "--code", "tiny", "--embeddings", "mean")
     for alias in ("glm-4-9b", "glm-4v", "m"):
         server.run("models", "alias", alias, "tiny")
     server.start()

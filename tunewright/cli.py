@@ -4,7 +4,7 @@ import json
 import logging
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import structlog
 import typer
@@ -146,9 +146,14 @@ def add_model(
     code: Annotated[str, typer.Option(help="What callers will put in `model`")],
     home: Home = None,
     licence: Annotated[str, typer.Option(help="Shown in the catalogue")] = "unknown",
+    embeddings: Annotated[
+        Literal["mean", "last"] | None, typer.Option(help="Let it make embeddings: how states become a vector")
+    ] = None,
+    embedding_end: Annotated[str | None, typer.Option(help="Token that is put behind each text")] = None,
 ) -> None:
     """Add a local folder in Hugging Face layout (safetensors, no code) to the catalogue."""
-    base = _catalogue(home).add(folder, code, licence=licence)
+    way = {} if embeddings is None else {"embeddings": {"pooling": embeddings, "end": embedding_end}}
+    base = _catalogue(home).add(folder, code, licence=licence, **way)
     typer.echo(f"{base.code}: {base.path}")
 
 

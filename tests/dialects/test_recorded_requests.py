@@ -42,8 +42,9 @@ EXPECTED: list[tuple[str, str, int, int]] = [
     ("POST", r"/batches/[^/]+/cancel$", 200, 200),
     ("POST", r"/async/chat/completions$", 200, 200),
     ("GET", r"/async-result/(done|proc|fail)", 404, 404),  # tasks of the recording's own server
+    ("POST", r"/embeddings$", 400, 404),  # no such model here
     # Capabilities of later releases: refused as unknown routes, in the dialect's shape.
-    ("POST", r"/(async/|images/|embeddings|moderations|videos/)", 404, 404),
+    ("POST", r"/(async/|images/|moderations|videos/)", 404, 404),
     ("GET", r"/async-result/", 404, 404),
 ]
 # Calls whose content this release refuses, with the status of both prefixes.

@@ -34,6 +34,7 @@ from tunewright.api.native import usage as native_usage
 from tunewright.api.offline import speeches
 from tunewright.api.openai import batches as openai_batches
 from tunewright.api.openai import chat as openai_chat
+from tunewright.api.openai import embeddings as openai_embeddings
 from tunewright.api.openai import errors as openai_errors
 from tunewright.api.openai import files as openai_files
 from tunewright.api.openai import fine_tuning as openai_fine_tuning
@@ -42,6 +43,7 @@ from tunewright.api.openai import uploads as openai_uploads
 from tunewright.api.zhipu import async_chat as zhipu_async_chat
 from tunewright.api.zhipu import batches as zhipu_batches
 from tunewright.api.zhipu import chat as zhipu_chat
+from tunewright.api.zhipu import embeddings as zhipu_embeddings
 from tunewright.api.zhipu import errors as zhipu_errors
 from tunewright.api.zhipu import files as zhipu_files
 from tunewright.api.zhipu import fine_tuning as zhipu_fine_tuning
@@ -61,11 +63,13 @@ ROUTERS = (
     zhipu_models.router,
     zhipu_async_chat.router,
     zhipu_batches.router,
+    zhipu_embeddings.router,
     openai_files.router,
     openai_uploads.router,
     openai_fine_tuning.router,
     openai_models.router,
     openai_batches.router,
+    openai_embeddings.router,
     native_uploads.router,
     native_datasets.router,
     native_dataset_tokens.router,

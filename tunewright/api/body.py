@@ -50,7 +50,7 @@ class BodyLimits:
             return "file_too_large", settings.max_file_bytes + MULTIPART_SLACK_BYTES
         if scope["method"] == "POST" and path.endswith("/parts"):
             return "part_too_large", settings.max_part_bytes + MULTIPART_SLACK_BYTES
-        if path.endswith("/chat/completions"):
+        if path.endswith(("/chat/completions", "/embeddings")):
             return "body_too_large", settings.max_chat_bytes
         return "body_too_large", settings.max_json_bytes
 

@@ -11,6 +11,9 @@ ENDPOINTS = {
     "/v1/chat/completions": CHAT,
     "/v4/chat/completions": CHAT,
     "/api/paas/v4/chat/completions": CHAT,
+    "/v1/embeddings": EMBEDDINGS,
+    "/v4/embeddings": EMBEDDINGS,
+    "/api/paas/v4/embeddings": EMBEDDINGS,
 }
 """What a batch may name as its endpoint -> the kind of its requests."""
 

@@ -7,6 +7,7 @@ import msgspec
 from tunewright.accounts.records import Caller
 from tunewright.accounts.usage import ERROR, INTERRUPTED, OK, UsageLedger, UsageRow
 from tunewright.clock import mono_s, wall_s
+from tunewright.completions.embeddings import EmbeddingRequest
 from tunewright.completions.metrics import Series, ServingMetrics
 from tunewright.completions.vocabulary import ChatRequest, Usage
 from tunewright.ids import new_id
@@ -109,7 +110,7 @@ class Metering:
     def begin(
         self,
         caller: Caller,
-        request: ChatRequest,
+        request: ChatRequest | EmbeddingRequest,
         base: Base,
         tuned: TunedModel | None,
         *,

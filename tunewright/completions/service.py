@@ -15,10 +15,11 @@ from tunewright.accounts.records import Caller
 from tunewright.clock import mono_s
 from tunewright.completions.answer_formats import answer_grammar, offers_tools
 from tunewright.completions.choices import answer_deltas, choice_of, side_by_side
+from tunewright.completions.embeddings import EmbeddingAnswer, EmbeddingRequest, embed_order, in_order
 from tunewright.completions.metering import Meter, Metering
 from tunewright.completions.vocabulary import ChatRequest, Completion, Delta, Finish, Usage
 from tunewright.deployments.pool import Pool
-from tunewright.deployments.ports import Done, Generate, TokenText
+from tunewright.deployments.ports import Done, Embed, Generate, TokenText, Vector
 from tunewright.errors import Conflict, InvalidRequest, RateLimited, TunewrightError, Unavailable
 from tunewright.i18n import mark
 from tunewright.ids import new_id
@@ -156,6 +157,47 @@ class CompletionService:
         if usage is None:
             raise RuntimeError("the stream ended without a finish")
         return Completion(choices=tuple(map(choice_of, deltas)), usage=usage)
+
+    async def embed(self, caller: Caller, request: EmbeddingRequest) -> EmbeddingAnswer:
+        """A vector for each input. Raises NotFound (`model_not_found`), InvalidRequest (`embeddings_not_supported`,
+        `context_length_exceeded`, `invalid_value`), RateLimited, Unavailable."""
+        begun_s = mono_s()
+        meter: Meter | None = None
+        try:
+            if not request.priority:
+                self._check_token_rate(caller)
+            with self._places(caller, 0 if request.priority else 1):
+                base, tuned, order = await asyncio.to_thread(self._embed_order, caller, request)
+                usage = Usage(prompt_tokens=sum(map(len, order.texts)), completion_tokens=0)
+                if not request.priority:
+                    self._tokens.spend(caller.key_id, usage.prompt_tokens)
+                meter = self._metering.begin(
+                    caller, request, base, tuned, prompt_tokens=usage.prompt_tokens, begun_s=begun_s, whole=True
+                )
+                vectors: dict[int, bytes] = {}
+                async with aclosing(self._pool.embed(base, order)) as replies:
+                    async for reply in replies:
+                        if isinstance(reply, Vector):
+                            vectors[reply.index] = reply.data
+                meter.first()
+                await meter.stored()
+                meter.end(usage)
+                return EmbeddingAnswer(vectors=in_order(vectors, request.dimensions), usage=usage)
+        except TunewrightError as error:
+            if meter is None:
+                self._metering.refused(error.code)
+            else:
+                meter.end(error=error.code)
+            raise
+        finally:
+            if meter is not None:
+                meter.end()  # whoever leaves before the end
+
+    def _embed_order(self, caller: Caller, request: EmbeddingRequest) -> tuple[Base, TunedModel | None, Embed]:
+        resolved = self._models.resolve(caller.project_id, request.model)
+        order = embed_order(resolved.base, resolved.tuned, request, self._context(resolved.base))
+        self._pool.check_room(resolved.base)
+        return resolved.base, resolved.tuned, order
 
     def _prepare(self, caller: Caller, request: ChatRequest) -> tuple[Base, TunedModel | None, Renderer, Generate, str]:
         """What to ask of the engine, and the text of an answer that it begins because a call is required."""

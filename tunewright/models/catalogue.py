@@ -89,8 +89,9 @@ class Catalogue:
     def add(self, folder: Path, code: str, **overrides: Any) -> Base:
         """Take a local folder in Hugging Face layout into the home and the catalogue under `code`.
 
-        `overrides` are fields of Base (`name`, `licence`, `context_tokens`, `row_kinds`, `methods`, `pool`, `aliases`). The
-        code of a built-in base that is not pulled is allowed: that is how a hub's model comes to a machine without network.
+        `overrides` are fields of Base (`name`, `licence`, `context_tokens`, `row_kinds`, `methods`, `pool`, `aliases`,
+        `embeddings`). The code of a built-in base that is not pulled is allowed: that is how a hub's model comes to a machine
+        without network.
         Raises InvalidRequest(`invalid_name`, `base_exists`, `folder_not_found`, `invalid_value` or those of artifact.py).
         """
         check_name(code, "code")
@@ -153,7 +154,9 @@ class Catalogue:
         self._refuse_taken(base.code)
         entry = msgspec.to_builtins(base)
         del entry["code"], entry["path"]
-        entry["source"] = {key: value for key, value in entry["source"].items() if value is not None}
+        for table in ("source", "embeddings"):
+            if entry[table] is not None:
+                entry[table] = {key: value for key, value in entry[table].items() if value is not None}
         _table(document, "bases")[base.code] = {key: value for key, value in entry.items() if value is not None}
         _checked(document.unwrap(), self.home.catalogue)
         final = self.home.bases / base.code

@@ -1,7 +1,7 @@
 """Base models of the catalogue and tuned models with their lineage."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -23,12 +23,21 @@ class Source(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     folder: str | None = None
 
 
+class Embeddings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How a base makes vectors of texts: the `mean` of its last hidden states or the `last` of them, where `end` is a token that
+    is put behind each text. `dimensions` are the lengths that a vector may be cut to, if it was trained for that."""
+
+    pooling: Literal["mean", "last"]
+    end: str | None = None
+    dimensions: tuple[int, ...] = ()
+
+
 class Base(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One entry of the catalogue. `path` is where the weights lie once pulled, else None.
 
     `row_kinds` and `methods` say what training it takes; `pool` whether LoRA models of it are served from the shared pool.
     `tokens_per_image` is what an image of a question counts in estimates; `price_per_million_tokens` goes before the setting
-    of that name.
+    of that name. `embeddings` None: it makes none.
     """
 
     code: str
@@ -42,6 +51,7 @@ class Base(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     aliases: tuple[str, ...] = ()
     tokens_per_image: int = 1600
     price_per_million_tokens: float | None = None
+    embeddings: Embeddings | None = None
     files: dict[str, str] = {}
     """File name -> sha256 of every file of the pulled folder that is loaded (safetensors, tokenizer, configs)."""
     path: Path | None = None

@@ -136,6 +136,19 @@ class Renderer:
         """A parser for one answer to a request that offers `tools`."""
         return AnswerParser(tools, bare_calls=self._calls.bare, reasoning_open=self.opens_reasoning)
 
+    def plain(self, text: str) -> list[int]:
+        """Ids of a text that is no part of a conversation; no control token is among them."""
+        return self._tokens.plain_ids(text)
+
+    def token_ids(self, token: str | None) -> list[int]:
+        """The id of a token's text in a list, which is empty for None. Raises Misconfigured(`template_unsupported`)."""
+        if token is None:
+            return []
+        token_id = self._tokens.id_of(token)
+        if token_id is None:
+            raise template_unsupported(mark("The tokenizer of this base does not have the token that its entry names."))
+        return [token_id]
+
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ids without special tokens."""
         return self._tokens.decode(ids)
