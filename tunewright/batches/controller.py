@@ -125,10 +125,10 @@ class BatchController:
         await asyncio.gather(*under_way, return_exceptions=True)
 
     async def _look(self) -> None:
-        if not await asyncio.to_thread(self._lease.held):
+        batches, tasks = await asyncio.to_thread(self._unfinished)
+        if (batches or tasks or self._runs or self._tasks) and not await asyncio.to_thread(self._lease.held):
             await self._let_go()
             return
-        batches, tasks = await asyncio.to_thread(self._unfinished)
         for project_id, task_id in tasks:
             if task_id not in self._tasks:
                 self._tasks[task_id] = asyncio.ensure_future(self._answer(project_id, task_id))

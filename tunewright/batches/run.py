@@ -81,6 +81,8 @@ class BatchRun:
             if self._broken is not None:
                 raise self._broken
             await asyncio.to_thread(self._publish, journal)
+        except NotFound as error:  # the bytes of the input are gone, and nothing brings them back
+            await asyncio.to_thread(self._fail, [_about_file(error)])
         finally:
             journal.close()
         shutil.rmtree(self._folder, ignore_errors=True)
@@ -111,13 +113,16 @@ class BatchRun:
                 self._input(), batch.endpoint, settings.max_batch_requests, settings.max_line_bytes
             )
         except NotFound as error:
-            total, errors = 0, [BatchError(code=error.code, message=error.message, values=error.values)]
+            total, errors = 0, [_about_file(error)]
         if errors:
-            self._change(status=FAILED, failed_at=wall_s(), errors=tuple(errors), total=total, delete_input=False)
+            self._fail(errors, total=total)
             shutil.rmtree(self._folder, ignore_errors=True)
             return False
         self._change(status=IN_PROGRESS, in_progress_at=wall_s(), total=total)
         return True
+
+    def _fail(self, errors: list[BatchError], **changes: Any) -> None:
+        self._change(status=FAILED, failed_at=wall_s(), errors=tuple(errors), delete_input=False, **changes)
 
     def _change(self, **changes: Any) -> None:
         with self._storage.write() as tx:
@@ -237,3 +242,7 @@ class BatchRun:
             batch = tx.batches.change(self._batch, completed=completed, failed=failed)
         if batch is None:
             self.ending.set()  # cancelled meanwhile
+
+
+def _about_file(error: NotFound) -> BatchError:
+    return BatchError(code=error.code, message=error.message, values=error.values, param="input_file_id")
