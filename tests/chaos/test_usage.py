@@ -9,6 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.chaos.streams import Streams
 from tests.live_server import LiveServer
 
 
@@ -37,6 +38,23 @@ def settled(server: LiveServer, rows: int) -> list[dict[str, Any]]:
             return found
         time.sleep(0.05)
     pytest.fail(f"{usage_rows(server)}")
+
+
+STREAMS = 16
+
+
+def test_a_killed_server_leaves_a_row_for_every_stream(server: LiveServer) -> None:
+    streams = Streams(server, STREAMS)
+
+    async def kill() -> None:
+        server.kill()
+
+    streams.run(kill)
+    assert streams.ends == {"broken": STREAMS}
+    server.start()
+    rows = settled(server, STREAMS)
+    assert {row["status"] for row in rows} == {"interrupted"}
+    assert all(0 <= row["completion_tokens"] < 1900 and row["prompt_tokens"] > 0 for row in rows)
 
 
 def body(**fields: Any) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """What Prometheus reads after real SDKs have called a real server."""
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -59,6 +60,12 @@ def test_calls_are_counted(server: LiveServer) -> None:
     assert found["tunewright_requests_running model=tiny"] == 0
     assert found["tunewright_engine_slots model=tiny worker=pool-tiny"] == 16
     assert found["tunewright_usage_rows_lost_total"] == 0
+    deadline = time.monotonic() + 20
+    with server.api("/api/v1") as api:
+        while (totals := api.get("/usage").json()["totals"])["completion_tokens"] != written:
+            assert time.monotonic() < deadline, "the ledger says what the answers said, a moment later"
+            time.sleep(0.1)
+    assert (totals["requests"], totals["errors"], totals["interrupted"]) == (2, 0, 0)
 
 
 def test_only_the_operators_token_opens_them(server: LiveServer) -> None:

@@ -44,6 +44,13 @@ def test_a_session(zai_python: Path, live_server: LiveServer, tuned_model: str) 
         "usage": True,
         "error": "1211",
         "deleted": True,
+        "vectors": 2,
+        "begun": "AsyncTaskStatus",
+        "begun_status": "PROCESSING",
+        "late": ["AsyncCompletion", "SUCCESS", "assistant", True],
+        "failed": ["AsyncTaskStatus", "FAIL"],
+        "batch": ["completed", 1, "one"],
+        "batch_listed": True,
     }
 
 
