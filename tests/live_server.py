@@ -74,6 +74,10 @@ class LiveServer:
         return self
 
     @property
+    def host(self) -> str:
+        return self.address.partition("://")[2].rsplit(":", 1)[0]
+
+    @property
     def port(self) -> int:
         return int(self.address.rsplit(":", 1)[1])
 

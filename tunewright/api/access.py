@@ -22,6 +22,8 @@ log = structlog.get_logger("tunewright.access")
 
 EXCHANGE = "tunewright.exchange"
 """The scope's key for the `Exchange`."""
+ABORT = "tunewright.abort"
+"""The scope's key for what ends the connection without waiting for a client that takes nothing any more."""
 CLIENT_GONE = 499
 """In the log only: the client went away before the answer."""
 

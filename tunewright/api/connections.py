@@ -10,6 +10,7 @@ from asyncio.events import TimerHandle
 import structlog
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
+from tunewright.api.access import ABORT
 from tunewright.api.addresses import LONGEST_TARGET_BYTES, url_too_long
 from tunewright.api.app import ERROR_TABLES
 from tunewright.api.body import headers_too_large
@@ -62,6 +63,7 @@ class BoundedHttp(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         self._end_head()
         super().on_headers_complete()
+        self.scope[ABORT] = self.transport.abort  # type: ignore
 
     def send_400_response(self, msg: str) -> None:
         if len(self._target()) > LONGEST_TARGET_BYTES:

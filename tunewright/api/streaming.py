@@ -12,7 +12,7 @@ import structlog
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from tunewright.api.access import ClientGone, Exchange, exchange_of
+from tunewright.api.access import ABORT, ClientGone, Exchange, exchange_of
 from tunewright.api.errors import server_stopping
 from tunewright.clock import mono_s
 from tunewright.errors import TunewrightError
@@ -86,6 +86,8 @@ class EventStream(Response):
                 await send({"type": "http.response.body", "body": b""})
             else:
                 exchange.log_values["ended_by"] = "stall" if keeper.done() else "client_gone"
+                if ABORT in scope:
+                    scope[ABORT]()  # a polite close would wait until the client has taken the rest
                 raise ClientGone
         except asyncio.CancelledError:
             exchange.log_values["ended_by"] = "shutdown"

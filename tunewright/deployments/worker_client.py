@@ -27,7 +27,7 @@ from tunewright.deployments.ports import (
 from tunewright.errors import TunewrightError
 
 _LINE_LIMIT_BYTES = 1 << 20
-_PIECE_LIMIT_BYTES = 64 * 2**10
+_PIECE_LIMIT_BYTES = 32 * 2**10
 """Of one line of an answer, and half of what is read ahead for a client that reads slowly."""
 _Reply = TypeVar("_Reply", Proof, State)
 

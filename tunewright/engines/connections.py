@@ -160,7 +160,7 @@ class _Replies:
 
 
 def _short(reply: TokenText) -> bool:
-    """Whether more may be joined to it: the gateway reads no line of more than 64 KiB."""
+    """Whether more may be joined to it: the gateway reads no line of more than 32 KiB."""
     return len(reply.text) < _MOST_JOINED_CHARACTERS and len(reply.scores) < _MOST_JOINED_SCORES
 
 
