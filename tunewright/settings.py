@@ -100,6 +100,10 @@ class Settings(BaseSettings):
     first_token_limit_s: float = Field(
         default=30.0, ge=0, description="A request whose answer has not begun after this is refused; 0: any"
     )
+    max_replicas: int = Field(default=8, ge=1, description="Replicas that one deployment may have")
+    replica_drain_s: float = Field(
+        default=600.0, ge=0, description="Time that answers of a replica that is not wanted any more get to end"
+    )
     max_messages_per_day: int = Field(
         default=200, ge=0, description="Messages of one project in 24 hours through SMS, chat and mail services"
     )

@@ -19,6 +19,9 @@ from tunewright.datasets.parted_uploads import PartedUploads
 from tunewright.datasets.service import DatasetService
 from tunewright.datasets.tokens.token_service import TokenService
 from tunewright.deployments.pool import Pool
+from tunewright.deployments.reconciler import Reconciler
+from tunewright.deployments.service import DeploymentService
+from tunewright.deployments.serving import Serving
 from tunewright.egress import Egress
 from tunewright.errors import Misconfigured, TunewrightError, Unavailable
 from tunewright.i18n import mark
@@ -81,11 +84,20 @@ class Platform:
         self.jobs.on_end = record_end
         self.jobs.on_change = self.controller.wake
         self.models.on_delete = self.pool.forget
+        self.instances = Reconciler(
+            self.storage, self.models, self.home, settings, runner, line, self.pool.memory_bytes
+        )
+        line.instances_bytes = self.instances.promised_bytes
+        self.models.on_undeploy = self.instances.retire
+        self.deployments = DeploymentService(
+            self.storage, self.models, self.catalogue, self.instances, self.home, settings
+        )
+        serving = Serving(self.storage, self.models, self.pool, self.instances, self.home, settings)
         self.ledger = UsageLedger(self.storage, holder_of(self.home.root), settings.usage_kept_days)
         self.usage = UsageService(self.storage)
         self.metrics = ServingMetrics(self.ledger, settings.metrics_adapters)
         self.metering = Metering(self.ledger, self.metrics)
-        self.completions = CompletionService(self.models, self.pool, settings, self.metering)
+        self.completions = CompletionService(self.models, serving, settings, self.metering)
         self.speeches: dict[tuple[str, str], Speech] = {}
         """(dialect, kind) -> how such requests are read and answered while nobody waits; the dialects put theirs here."""
         self.batches = BatchService(self.storage, settings)
@@ -129,6 +141,7 @@ class Platform:
         self.models.sweep()
         self.ledger.start()
         self.pool.start()
+        self.instances.start()
         self.datasets.images.start()
         self.controller.start()
         self.deliverer.start()
@@ -145,6 +158,7 @@ class Platform:
         self.tokens.stop()
         self.datasets.images.stop()
         if self._lock is not None:  # only who holds the home may end what runs in it
+            self.instances.stop()
             self.pool.stop()
         self.ledger.stop()
         self.storage.close()

@@ -12,6 +12,7 @@ import pytest
 from tests.api.world import PREFIXES, World
 from tunewright.completions.service import CompletionService
 from tunewright.deployments.ports import Done, Generate, TokenText
+from tunewright.deployments.serving import Serving
 from tunewright.models.records import Base, TunedModel
 
 CHAT = "/chat/completions"
@@ -23,6 +24,9 @@ class EchoPool:
     def __init__(self) -> None:
         self.orders: list[Generate] = []
         self.go_on = asyncio.Event()
+
+    def check_room(self, base: Base) -> None:
+        """There is always room."""
 
     async def generate(
         self, base: Base, tuned: TunedModel | None, order: Generate
@@ -39,7 +43,8 @@ def served(tmp_path: Path, untrained_base: Path) -> Iterator[World]:
     world = World(tmp_path / "home", untrained_base, max_streams_per_key=2)
     platform = world.platform
     pool: Any = EchoPool()
-    platform.completions = CompletionService(platform.models, pool, platform.settings, platform.metering)
+    serving = Serving(platform.storage, platform.models, pool, platform.instances, platform.home, platform.settings)
+    platform.completions = CompletionService(platform.models, serving, platform.settings, platform.metering)
     world.pool = pool  # type: ignore[attr-defined]
     yield world
     platform.storage.close()

@@ -48,7 +48,7 @@ async def test_the_life_of_a_channel(client: httpx.AsyncClient, receiver: Receiv
     secret = channel.pop("signing_secret")
     assert secret.startswith("whsec_")
     assert (channel["kind"], channel["url"], channel["name"]) == ("webhook", "https://good.example/***", "钩子")
-    assert len(channel["events"]) == 3 and channel["enabled"] and channel["language"] == "en"
+    assert len(channel["events"]) == 5 and channel["enabled"] and channel["language"] == "en"
     one = f"{CHANNELS}/{channel['id']}"
     assert (await client.get(one)).json() == channel
     assert (await client.get(CHANNELS)).json()["data"] == [channel]

@@ -13,6 +13,7 @@ from openai import AsyncOpenAI
 from tests.api.world import World
 from tunewright.completions.service import CompletionService
 from tunewright.deployments.ports import Done, Generate, TokenText
+from tunewright.deployments.serving import Serving
 from tunewright.models.records import Base, TunedModel
 from tunewright.rendering.conversation import ToolCall
 from tunewright.rendering.renderer import Renderer, renderer_of
@@ -37,6 +38,9 @@ class ScriptedPool:
         self.asked: Generate | None = None
         self.n_sent = 0
 
+    def check_room(self, base: Base) -> None:
+        """There is always room."""
+
     async def generate(
         self, base: Base, tuned: TunedModel | None, request: Generate
     ) -> AsyncGenerator[TokenText | Done, None]:
@@ -55,8 +59,10 @@ def pool() -> ScriptedPool:
 @pytest.fixture
 async def sdk(tmp_path: Path, untrained_base: Path, pool: ScriptedPool) -> AsyncIterator[AsyncOpenAI]:
     world = World(tmp_path / "home", untrained_base)
-    models, metering = world.platform.models, world.platform.metering
-    world.platform.completions = CompletionService(models, pool, world.settings, metering)  # type: ignore[arg-type]
+    platform = world.platform
+    instances, home = platform.instances, platform.home
+    serving = Serving(platform.storage, platform.models, pool, instances, home, world.settings)  # type: ignore[arg-type]
+    platform.completions = CompletionService(platform.models, serving, world.settings, platform.metering)
     http: Any = httpx.AsyncClient(transport=httpx.ASGITransport(world.app))
     async with AsyncOpenAI(
         api_key=world.key, base_url="http://localhost/v1", http_client=http, max_retries=0

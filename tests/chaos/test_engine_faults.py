@@ -202,7 +202,9 @@ class Worker:
             pid=self.process.pid, start_ticks=ticks, port=self._listener.getsockname()[1], worker_id="w"
         )
         (folder / "worker.json").write_bytes(msgspec.json.encode(known))
-        (folder / "spec.json").write_bytes(msgspec.json.encode(pool._spec(base, secrets.token_hex(4))))
+        (folder / "spec.json").write_bytes(
+            msgspec.json.encode(msgspec.structs.replace(pool._spec(base), secret=secrets.token_hex(4)))
+        )
         threading.Thread(target=self._serve, daemon=True).start()
 
     def _serve(self) -> None:
@@ -367,7 +369,7 @@ def test_only_one_worker_for_a_base_even_if_the_first_was_not_ready(home: HomeFo
     pool = Pool(home, settings, runner)
     folder = home.workers / base.code
     folder.mkdir()
-    (folder / "spec.json").write_bytes(msgspec.json.encode(pool._spec(base, "secret")))
+    (folder / "spec.json").write_bytes(msgspec.json.encode(msgspec.structs.replace(pool._spec(base), secret="secret")))
     first = runner.start("tunewright.engines.worker", folder, folder / "log.txt")
     worker = pool.ensure(base)
     try:

@@ -75,7 +75,7 @@ def test_every_way_to_end_writes_to_the_outbox_once(tmp_path: Path, monkeypatch:
         assert (done.status, failed.status, cancelled.status) == (SUCCEEDED, FAILED, CANCELLED)
         with bench.storage.read() as tx:
             written = tx.deliveries.list(PROJECT, told.id, after=None, limit=100)
-        assert sorted((each.job_id, each.type.rpartition(".")[2]) for each in written) == sorted(
+        assert sorted((each.subject_id, each.type.rpartition(".")[2]) for each in written) == sorted(
             [(done.id, SUCCEEDED), (failed.id, FAILED), (waiting.id, CANCELLED), (running.id, CANCELLED)]
         )
         assert len({each.event_id for each in written}) == 4

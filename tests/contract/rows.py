@@ -6,6 +6,7 @@ from tunewright.accounts.records import ApiKey, Project
 from tunewright.accounts.usage import UsageRow
 from tunewright.batches.records import AsyncTask, Batch, BatchError
 from tunewright.datasets.records import File, PartedUpload, UploadPart
+from tunewright.deployments.records import Deployment, DeploymentEvent, Reason, ReplicaRecord
 from tunewright.ids import new_id, random_text
 from tunewright.jobs.records import Job, JobCheckpoint, JobError, JobEvent
 from tunewright.models.records import TunedModel
@@ -192,7 +193,7 @@ def delivery(of: Channel, **changes: Any) -> Delivery:
         "id": new_id("delivery"),
         "event_id": new_id("event"),
         "type": "fine_tuning.job.failed",
-        "job_id": "ftjob-1",
+        "subject_id": "ftjob-1",
         "data": {"model": "m", "error": {"code": "c", "message": "m {n}", "values": {"n": 1}}},
         "recipients": 3,
         "metered": True,
@@ -278,3 +279,40 @@ def async_task(project_id: str, **changes: Any) -> AsyncTask:
     }
     values |= {"project_id": project_id}
     return AsyncTask(**(values | changes))
+
+
+def deployment(project_id: str, **changes: Any) -> Deployment:
+    reason = Reason(code="replica_died", message="m {n}", values={"n": 1})
+    values: dict[str, Any] = {
+        "id": new_id("dep"),
+        "name": f"mine-{random_text(8)}",
+        "model": f"base:1:x:{random_text(8)}",
+        "base_code": "base",
+        "tuned_model_id": "model-1",
+        "replicas": 2,
+        "merge": True,
+        "idle_minutes": 0.5,
+        "status": "scaling",
+        "reason": reason,
+        "replica_records": (ReplicaRecord(number=3, state="ready", started_at=NOON, restarts=2, reason=reason),),
+        "memory_bytes": 2**33,
+        "memory_source": "measured",
+        "proof": {"tensors": 4},
+        "created_at": NOON,
+        "ready_at": NOON + 1,
+    }
+    values |= {"project_id": project_id}
+    return Deployment(**(values | changes))
+
+
+def deployment_event(of: Deployment, **changes: Any) -> DeploymentEvent:
+    values: dict[str, Any] = {
+        "id": new_id("depevent"),
+        "level": "warning",
+        "code": "replica_died",
+        "message": "m {n}",
+        "values": {"n": 1},
+        "created_at": NOON,
+    }
+    values |= {"deployment_id": of.id, "project_id": of.project_id}
+    return DeploymentEvent(**(values | changes))

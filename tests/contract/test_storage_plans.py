@@ -11,6 +11,8 @@ from tests.contract.rows import (
     channel,
     checkpoint,
     delivery,
+    deployment,
+    deployment_event,
     event,
     file,
     job,
@@ -84,6 +86,14 @@ LISTS: dict[str, Ask] = {
     "sums of usage": lambda tx, p, ids: tx.usage.sums(
         p, since=0, until=9, by=frozenset({"day", "model"}), skip=0, limit=2
     ),
+    "deployments": lambda tx, p, ids: tx.deployments.list(p, after=ids["deployment"], limit=2),
+    "deployments of a name": lambda tx, p, ids: tx.deployments.named(p, "name"),
+    "deployment of a model": lambda tx, p, ids: tx.deployments.serving(p, "model"),
+    "memory of a model": lambda tx, p, ids: tx.deployments.measured(p, "model", False),
+    "live deployments": lambda tx, p, ids: tx.deployments.live(),
+    "events of a deployment": lambda tx, p, ids: tx.deployments.events(
+        p, ids["deployment"], after=ids["deployment_event"], limit=2
+    ),
     "idempotency": lambda tx, p, ids: tx.idempotency.find(p, "route", "key", since=0),
 }
 STARTED_INSIDE = {name for name in LISTS if name.startswith(("files ", "jobs "))} - {"jobs ended since"}
@@ -104,6 +114,8 @@ def test_plan(sqlite_url: str, name: str) -> None:
     rows["usage"] = usage(ours.id)
     rows["batch"], rows["task"] = batch(ours.id), async_task(ours.id)
     rows["delivery"] = delivery(rows["channel"])
+    rows["deployment"] = deployment(ours.id)
+    rows["deployment_event"] = deployment_event(rows["deployment"])
     with storage.write() as tx:
         tx.projects.insert(ours)
         tx.files.insert(rows["file"])
@@ -113,6 +125,8 @@ def test_plan(sqlite_url: str, name: str) -> None:
         tx.jobs.add_events([rows["event"], metrics(of, 1)])
         tx.jobs.add_checkpoint(rows["checkpoint"])
         tx.models.insert(model(ours.id))
+        tx.deployments.insert(rows["deployment"])
+        tx.deployments.add_event(rows["deployment_event"])
         tx.channels.insert(rows["channel"])
         tx.deliveries.insert(rows["delivery"])
         tx.usage.insert([rows["usage"]])

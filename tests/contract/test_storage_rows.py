@@ -10,6 +10,8 @@ from tests.contract.rows import (
     checkpoint,
     dated_id,
     delivery,
+    deployment,
+    deployment_event,
     event,
     file,
     job,
@@ -21,6 +23,7 @@ from tests.contract.rows import (
 )
 from tunewright.accounts.records import ApiKey, Project
 from tunewright.datasets.records import File, PartedUpload, UploadPart
+from tunewright.deployments.records import RETIRED, Deployment, DeploymentEvent
 from tunewright.errors import InvalidRequest
 from tunewright.jobs.records import MOVES, TERMINAL, Job, JobCheckpoint, JobEvent
 from tunewright.models.records import TunedModel
@@ -40,6 +43,8 @@ from tunewright.storage import Storage, tables
         ("job_events", JobEvent),
         ("job_checkpoints", JobCheckpoint),
         ("tuned_models", TunedModel),
+        ("deployments", Deployment),
+        ("deployment_events", DeploymentEvent),
         ("channels", Channel),
         ("deliveries", Delivery),
     ],
@@ -510,3 +515,45 @@ def test_leases(storage: Storage) -> None:
         assert leases.take("loop", "a", now_ms=1160, ttl_ms=100) is None
         leases.release("loop", "b")
         assert leases.take("loop", "a", now_ms=1160, ttl_ms=100) == 3
+
+
+def test_deployments(storage: Storage, ours: Project, theirs: Project) -> None:
+    first = deployment(ours.id, name="mine", model="m", memory_bytes=1, tuned_model_id="model-1")
+    second = deployment(ours.id, name="mine", model="m", created_at=NOON + 1, memory_source="estimated")
+    other = deployment(theirs.id, name="mine", model="m", tuned_model_id="model-1")
+    with storage.write() as tx:
+        for each in (first, second, other):
+            tx.deployments.insert(each)
+    with storage.write() as tx:
+        assert tx.deployments.get(ours.id, first.id) == first
+        assert tx.deployments.list(ours.id, after=None, limit=9) == [second, first]
+        assert tx.deployments.list(ours.id, after=second.id, limit=9) == [first]
+        assert tx.deployments.named(ours.id, "mine") == tx.deployments.serving(ours.id, "m") == second
+        assert tx.deployments.measured(ours.id, "m", True) == 1 and tx.deployments.measured(ours.id, "m", False) is None
+        assert sorted(each.id for each in tx.deployments.live()) == sorted((first.id, other.id, second.id))
+        changed = tx.deployments.change(first, replicas=3, replica_records=())
+        assert changed is not None and (changed.replicas, changed.replica_records) == (3, ())
+        retired = tx.deployments.retire_of_models(ours.id, ["model-1"], NOON + 2)
+        assert {each.id for each in retired} == {first.id, second.id}
+        assert tx.deployments.change(first, replicas=4) is None, "what is undeployed never changes again"
+        assert not tx.deployments.retire(ours.id, first.id, NOON + 3)
+        gone = tx.deployments.get(ours.id, first.id)
+        assert gone is not None and (gone.phase, gone.status, gone.retired_at) == (RETIRED, "stopped", NOON + 2)
+        assert tx.deployments.live() == [other] and tx.deployments.list(ours.id, after=None, limit=9) == []
+        assert tx.deployments.serving(ours.id, "m") is None and tx.deployments.named(ours.id, "mine") is not None
+
+
+def test_events_of_a_deployment_are_the_newest_thousand(storage: Storage, ours: Project) -> None:
+    of = deployment(ours.id)
+    made = [deployment_event(of) for _ in range(1005)]
+    with storage.write() as tx:
+        tx.deployments.insert(of)
+        for each in made:
+            tx.deployments.add_event(each)
+    with storage.read() as tx:
+        newest = tx.deployments.events(ours.id, of.id, after=None, limit=2)
+        assert [(each.id, each.sequence) for each in newest] == [(made[-1].id, 1005), (made[-2].id, 1004)]
+        rest = tx.deployments.events(ours.id, of.id, after=newest[-1].id, limit=5000)
+        assert [each.id for each in rest] == [each.id for each in reversed(made[5:-2])]
+        with pytest.raises(InvalidRequest):
+            tx.deployments.events(ours.id, of.id, after="none", limit=2)

@@ -20,6 +20,8 @@ from tests.contract.rows import (
     channel,
     checkpoint,
     delivery,
+    deployment,
+    deployment_event,
     event,
     file,
     job,
@@ -49,6 +51,7 @@ NOT_OF_A_TENANT = {
     ("jobs", "deleted"),
     ("models", "gone"),
     ("models", "deleted"),
+    ("deployments", "live"),
     ("uploads", "overdue"),
     ("uploads", "forget_expired_before"),
     ("idempotency", "forget_before"),
@@ -78,6 +81,8 @@ class Rows:
         self.events = [event(self.job), metrics(self.job, 1)]
         self.checkpoint = checkpoint(self.job, 1)
         self.model = model(project_id)
+        self.deployment = deployment(project_id)
+        self.deployment_event = deployment_event(self.deployment)
         self.channel = channel(project_id)
         self.delivery = delivery(self.channel)
         self.usage = usage(project_id)
@@ -95,6 +100,8 @@ class Rows:
             tx.jobs.add_events(self.events)
             tx.jobs.add_checkpoint(self.checkpoint)
             tx.models.insert(self.model)
+            tx.deployments.insert(self.deployment)
+            tx.deployments.add_event(self.deployment_event)
             tx.channels.insert(self.channel)
             tx.deliveries.insert(self.delivery)
             tx.usage.insert([self.usage])
@@ -107,6 +114,7 @@ class Rows:
 def reads(project_id: str, rows: Rows) -> dict[tuple[str, str], list[Callable[[Transaction], Any]]]:
     """Every reading method, asked by `project_id` for `rows`."""
     p, j, u, c = project_id, rows.job.id, rows.upload.id, rows.channel.id
+    d = rows.deployment
     return {
         ("keys", "list"): [lambda tx: tx.keys.list(p)],
         ("files", "get"): [lambda tx: tx.files.get(p, rows.file.id)],
@@ -149,6 +157,12 @@ def reads(project_id: str, rows: Rows) -> dict[tuple[str, str], list[Callable[[T
         ("models", "find"): [lambda tx: tx.models.find(p, rows.model.name)],
         ("models", "get"): [lambda tx: tx.models.get(p, rows.model.id)],
         ("models", "list"): [lambda tx: tx.models.list(p)],
+        ("deployments", "get"): [lambda tx: tx.deployments.get(p, d.id)],
+        ("deployments", "list"): [lambda tx: tx.deployments.list(p, after=None, limit=9)],
+        ("deployments", "named"): [lambda tx: tx.deployments.named(p, d.name)],
+        ("deployments", "serving"): [lambda tx: tx.deployments.serving(p, d.model)],
+        ("deployments", "measured"): [lambda tx: tx.deployments.measured(p, d.model, d.merge)],
+        ("deployments", "events"): [lambda tx: tx.deployments.events(p, d.id, after=None, limit=9)],
         ("channels", "get"): [lambda tx: tx.channels.get(p, c)],
         ("channels", "list"): [lambda tx: tx.channels.list(p)],
         ("channels", "enabled"): [lambda tx: tx.channels.enabled(p)],
@@ -198,6 +212,13 @@ def writes(project_id: str, rows: Rows) -> dict[tuple[str, str], list[Callable[[
         ("jobs", "drop_checkpoints"): [lambda tx: tx.jobs.drop_checkpoints(p, rows.job.id, [1])],
         ("models", "insert"): [lambda tx: tx.models.insert(model(p))],
         ("models", "change"): [lambda tx: tx.models.change(changed(rows.model, **as_ours), status="deleted")],
+        ("deployments", "insert"): [lambda tx: tx.deployments.insert(deployment(p))],
+        ("deployments", "change"): [lambda tx: tx.deployments.change(changed(rows.deployment, **as_ours), replicas=9)],
+        ("deployments", "add_event"): [lambda tx: tx.deployments.add_event(deployment_event(rows.deployment))],
+        ("deployments", "retire"): [lambda tx: tx.deployments.retire(p, rows.deployment.id, NOON)],
+        ("deployments", "retire_of_models"): [
+            lambda tx: tx.deployments.retire_of_models(p, [rows.deployment.tuned_model_id or ""], NOON)
+        ],
         ("channels", "insert"): [lambda tx: tx.channels.insert(channel(p))],
         ("channels", "change"): [lambda tx: tx.channels.change(changed(rows.channel, **as_ours), name="x")],
         ("deliveries", "insert"): [lambda tx: tx.deliveries.insert(delivery(rows.channel))],
@@ -320,6 +341,8 @@ def test_nobody_changes_what_others_have(storage: Storage, ours: Project, theirs
         ("uploads", "drop_parts"),
         ("jobs", "change"),
         ("models", "change"),
+        ("deployments", "change"),
+        ("deployments", "retire"),
         ("channels", "change"),
         ("channels", "delete"),
         ("deliveries", "change"),
@@ -357,6 +380,7 @@ def test_events_checkpoints_and_parts_can_not_join_what_is_anothers(
         lambda tx: tx.jobs.add_checkpoint(changed(checkpoint(rows.job, 3), project_id=ours.id)),
         lambda tx: tx.uploads.add_part(changed(upload_part(rows.upload), project_id=ours.id)),
         lambda tx: tx.deliveries.insert(changed(delivery(rows.channel), project_id=ours.id)),
+        lambda tx: tx.deployments.add_event(changed(deployment_event(rows.deployment), project_id=ours.id)),
     ):
         with pytest.raises(exc.IntegrityError), storage.write() as tx:
             act(tx)

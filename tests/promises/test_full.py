@@ -24,7 +24,7 @@ def test_a_model_with_weights_of_its_own(live_server: LiveServer) -> None:
         assert "deploy" in ready["message"]
         question = {"model": name, "messages": [{"role": "user", "content": "What is number 1?"}]}
         refused = api.post("/chat/completions", json=question)
-        assert (refused.status_code, refused.json()["error"]["code"]) == (400, "model_not_served")
+        assert (refused.status_code, refused.json()["error"]["code"]) == (400, "model_not_deployed")
         again = api.post("/fine_tuning/jobs", json={"model": name, "training_file": file_id})
         assert again.json()["error"]["code"] == "model_not_tunable"
         (folder,) = [path.parent for path in (home / "adapters").glob("*/config.json")]

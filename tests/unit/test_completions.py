@@ -14,6 +14,7 @@ from tunewright.completions.metrics import ServingMetrics
 from tunewright.completions.service import CompletionService
 from tunewright.completions.vocabulary import ChatRequest, Finish, Sampling, TextDelta
 from tunewright.deployments.ports import Done, Generate, TokenText
+from tunewright.deployments.serving import Serving
 from tunewright.errors import Conflict, InvalidRequest, NotFound, RateLimited, TunewrightError
 from tunewright.models.records import Base, TunedModel
 from tunewright.rendering.conversation import Conversation, Message
@@ -63,7 +64,9 @@ def pool() -> OnePool:
 def service(world: World, pool: OnePool) -> CompletionService:
     ledger = UsageLedger(world.storage, "server-1", 1)
     metering = Metering(ledger, ServingMetrics(ledger, 1))
-    return CompletionService(world.models, pool, Settings(home=world.home.root), metering)  # type: ignore[arg-type]
+    settings, instances = Settings(home=world.home.root), None
+    serving = Serving(world.storage, world.models, pool, instances, world.home, settings)  # type: ignore[arg-type]
+    return CompletionService(world.models, serving, settings, metering)
 
 
 def request_to(model: str, text: str = "hello", max_tokens: int | None = None) -> ChatRequest:

@@ -23,6 +23,7 @@ from tunewright.api.job_watch import JobWatches
 from tunewright.api.limits import RefusedKeys, RequestRate
 from tunewright.api.native import dataset_tokens as native_dataset_tokens
 from tunewright.api.native import datasets as native_datasets
+from tunewright.api.native import deployments as native_deployments
 from tunewright.api.native import health
 from tunewright.api.native import jobs as native_jobs
 from tunewright.api.native import metrics as native_metrics
@@ -75,6 +76,7 @@ ROUTERS = (
     native_dataset_tokens.router,
     native_jobs.router,
     native_models.router,
+    native_deployments.router,
     native_notifications.router,
     native_receipts.router,
     native_usage.router,

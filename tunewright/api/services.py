@@ -10,6 +10,7 @@ from tunewright.completions.service import CompletionService
 from tunewright.datasets.parted_uploads import PartedUploads
 from tunewright.datasets.service import DatasetService
 from tunewright.datasets.tokens.token_service import TokenService
+from tunewright.deployments.service import DeploymentService
 from tunewright.jobs.service import JobService
 from tunewright.models.service import ModelService
 from tunewright.notifications.service import NotificationService
@@ -40,6 +41,10 @@ async def _models(request: Request) -> ModelService:
     return request.app.state.platform.models
 
 
+async def _deployments(request: Request) -> DeploymentService:
+    return request.app.state.platform.deployments
+
+
 async def _completions(request: Request) -> CompletionService:
     return request.app.state.platform.completions
 
@@ -67,6 +72,7 @@ TokensOf = Annotated[TokenService, Depends(_tokens)]
 JobsOf = Annotated[JobService, Depends(_jobs)]
 ModelsOf = Annotated[ModelService, Depends(_models)]
 NotificationsOf = Annotated[NotificationService, Depends(_notifications)]
+DeploymentsOf = Annotated[DeploymentService, Depends(_deployments)]
 CompletionsOf = Annotated[CompletionService, Depends(_completions)]
 UsageOf = Annotated[UsageService, Depends(_usage)]
 BatchesOf = Annotated[BatchService, Depends(_batches)]

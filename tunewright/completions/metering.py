@@ -10,8 +10,8 @@ from tunewright.clock import mono_s, wall_s
 from tunewright.completions.embeddings import EmbeddingRequest
 from tunewright.completions.metrics import Series, ServingMetrics
 from tunewright.completions.vocabulary import ChatRequest, Usage
+from tunewright.deployments.serving import Target
 from tunewright.ids import new_id
-from tunewright.models.records import Base, TunedModel
 
 _MOST_WAIT_S = 1.0
 """For the ledger, before the first token."""
@@ -111,8 +111,7 @@ class Metering:
         self,
         caller: Caller,
         request: ChatRequest | EmbeddingRequest,
-        base: Base,
-        tuned: TunedModel | None,
+        target: Target,
         *,
         prompt_tokens: int,
         begun_s: float,
@@ -124,8 +123,9 @@ class Metering:
             project_id=caller.project_id,
             key_id=caller.key_id,
             model=request.model,
-            base_code=base.code,
-            tuned_id=tuned and tuned.id,
+            base_code=target.base.code,
+            tuned_id=target.tuned and target.tuned.id,
+            deployment_id=target.deployment and target.deployment.id,
             request_id=request.request_id or "",
             dialect=request.dialect,
             endpoint=request.endpoint,
@@ -133,5 +133,5 @@ class Metering:
             created_at=wall_s(),
             server=self._ledger.server,
         )
-        series = self._metrics.of(base.code, tuned.name if tuned else "")
+        series = self._metrics.of(target.base.code, target.tuned.name if target.tuned else "")
         return Meter(self._ledger, self._metrics, series, row, begun_s=begun_s, whole=whole)

@@ -1,4 +1,4 @@
-"""From a chat request to a stream of deltas: resolve the model, render the prompt, let the pool answer, parse the answer."""
+"""From a chat request to a stream of deltas: resolve the model, render the prompt, let an engine answer, parse the answer."""
 
 import asyncio
 import math
@@ -18,12 +18,12 @@ from tunewright.completions.choices import answer_deltas, choice_of, side_by_sid
 from tunewright.completions.embeddings import EmbeddingAnswer, EmbeddingRequest, embed_order, in_order
 from tunewright.completions.metering import Meter, Metering
 from tunewright.completions.vocabulary import ChatRequest, Completion, Delta, Finish, Usage
-from tunewright.deployments.pool import Pool
 from tunewright.deployments.ports import Done, Embed, Generate, TokenText, Vector
+from tunewright.deployments.serving import Serving, Target
 from tunewright.errors import Conflict, InvalidRequest, RateLimited, TunewrightError, Unavailable
 from tunewright.i18n import mark
 from tunewright.ids import new_id
-from tunewright.models.records import FULL, Base, TunedModel
+from tunewright.models.records import Base, TunedModel
 from tunewright.models.service import ModelService
 from tunewright.rendering.conversation import Conversation
 from tunewright.rendering.renderer import Renderer, renderer_of
@@ -35,9 +35,9 @@ _YIELD_PAUSE_S = 0.25
 class CompletionService:
     """Answers chat requests of both dialects."""
 
-    def __init__(self, models: ModelService, pool: Pool, settings: Settings, metering: Metering) -> None:
+    def __init__(self, models: ModelService, serving: Serving, settings: Settings, metering: Metering) -> None:
         self._models = models
-        self._pool = pool
+        self._serving = serving
         self._settings = settings
         self._metering = metering
         self._under_way: Counter[str] = Counter()
@@ -59,17 +59,17 @@ class CompletionService:
             if not request.priority:
                 self._check_token_rate(caller)
             with self._places(caller, 0 if request.priority else request.n):
-                base, tuned, renderer, order, opening = await asyncio.to_thread(self._prepare, caller, request)
+                target, renderer, order, opening = await asyncio.to_thread(self._prepare, caller, request)
                 if not request.priority:
                     self._tokens.spend(caller.key_id, len(order.prompt_ids))
                 meter = self._metering.begin(
-                    caller, request, base, tuned, prompt_tokens=len(order.prompt_ids), begun_s=begun_s, whole=whole
+                    caller, request, target, prompt_tokens=len(order.prompt_ids), begun_s=begun_s, whole=whole
                 )
                 tools = request.conversation.tools if offers_tools(request) else ()
                 answers = [
                     answer_deltas(
                         choice,
-                        self._replies(caller, request, base, tuned, _order_of(choice, order), choice, meter),
+                        self._replies(caller, request, target, _order_of(choice, order), choice, meter),
                         renderer.answer_parser(tools),
                         renderer,
                         opening=opening,
@@ -98,36 +98,33 @@ class CompletionService:
         self,
         caller: Caller,
         request: ChatRequest,
-        base: Base,
-        tuned: TunedModel | None,
+        target: Target,
         order: Generate,
         choice: int,
         meter: Meter,
     ) -> AsyncGenerator[TokenText | Done, None]:
-        """What the pool says. An adapter that can't be loaded because its model was just deleted is a model not found."""
+        """What the engine says. An adapter that can't be loaded because its model was just deleted is a model not found."""
         tokens = 0
         try:
-            generate = self._patiently if request.priority else self._pool.generate
-            async with aclosing(generate(base, tuned, order)) as replies:
+            generate = self._patiently if request.priority else self._serving.generate
+            async with aclosing(generate(target, order)) as replies:
                 async for reply in replies:
                     tokens = reply.n_tokens if isinstance(reply, TokenText) else reply.completion_tokens
                     meter.produced(choice, tokens)
                     yield reply
         except InvalidRequest as error:
-            if tuned is not None and error.code == "adapter_invalid":
+            if target.tuned is not None and error.code == "adapter_invalid":
                 await asyncio.to_thread(self._models.resolve, caller.project_id, request.model)
             raise
         finally:
             if not request.priority:
                 self._tokens.spend(caller.key_id, tokens)
 
-    async def _patiently(
-        self, base: Base, tuned: TunedModel | None, order: Generate
-    ) -> AsyncGenerator[TokenText | Done, None]:
+    async def _patiently(self, target: Target, order: Generate) -> AsyncGenerator[TokenText | Done, None]:
         """All of an answer at its end; one that had to make room for others begins anew."""
         while True:
             try:
-                async with aclosing(self._pool.generate(base, tuned, order)) as replies:
+                async with aclosing(self._serving.generate(target, order)) as replies:
                     whole = [reply async for reply in replies]
                 break
             except Unavailable as error:
@@ -167,15 +164,15 @@ class CompletionService:
             if not request.priority:
                 self._check_token_rate(caller)
             with self._places(caller, 0 if request.priority else 1):
-                base, tuned, order = await asyncio.to_thread(self._embed_order, caller, request)
+                target, order = await asyncio.to_thread(self._embed_order, caller, request)
                 usage = Usage(prompt_tokens=sum(map(len, order.texts)), completion_tokens=0)
                 if not request.priority:
                     self._tokens.spend(caller.key_id, usage.prompt_tokens)
                 meter = self._metering.begin(
-                    caller, request, base, tuned, prompt_tokens=usage.prompt_tokens, begun_s=begun_s, whole=True
+                    caller, request, target, prompt_tokens=usage.prompt_tokens, begun_s=begun_s, whole=True
                 )
                 vectors: dict[int, bytes] = {}
-                async with aclosing(self._pool.embed(base, order)) as replies:
+                async with aclosing(self._serving.embed(target, order)) as replies:
                     async for reply in replies:
                         if isinstance(reply, Vector):
                             vectors[reply.index] = reply.data
@@ -193,26 +190,20 @@ class CompletionService:
             if meter is not None:
                 meter.end()  # whoever leaves before the end
 
-    def _embed_order(self, caller: Caller, request: EmbeddingRequest) -> tuple[Base, TunedModel | None, Embed]:
+    def _embed_order(self, caller: Caller, request: EmbeddingRequest) -> tuple[Target, Embed]:
         resolved = self._models.resolve(caller.project_id, request.model)
-        order = embed_order(resolved.base, resolved.tuned, request, self._context(resolved.base))
-        self._pool.check_room(resolved.base)
-        return resolved.base, resolved.tuned, order
+        target = Target(base=resolved.base, tuned=resolved.tuned, deployment=None)
+        order = embed_order(target.base, target.tuned, request, self._context(target.base))
+        self._serving.check_room(target)
+        return target, order
 
-    def _prepare(self, caller: Caller, request: ChatRequest) -> tuple[Base, TunedModel | None, Renderer, Generate, str]:
+    def _prepare(self, caller: Caller, request: ChatRequest) -> tuple[Target, Renderer, Generate, str]:
         """What to ask of the engine, and the text of an answer that it begins because a call is required."""
-        resolved = self._models.resolve(caller.project_id, request.model)
-        base = resolved.base
-        if not base.pool or (resolved.tuned is not None and resolved.tuned.kind == FULL):
-            raise InvalidRequest(
-                "model_not_served",
-                mark('"{model}" is not served from the shared pool; deploy a private instance of it.'),
-                param="model",
-                model=request.model,
-            )
-        self._pool.check_room(base)
+        target = self._serving.resolve(caller.project_id, request.model)
+        base, tuned = target.base, target.tuned
+        self._serving.check_room(target)
         renderer = renderer_of(Path(base.path or ""))
-        if resolved.tuned is not None and resolved.tuned.renderer_hash != renderer.hash:
+        if tuned is not None and tuned.renderer_hash != renderer.hash:
             raise Conflict(
                 "renderer_changed",
                 mark(
@@ -223,8 +214,8 @@ class CompletionService:
                 base=base.code,
                 model=request.model,
             )
-        if resolved.tuned is not None and not resolved.tuned.proof:
-            self._prove(caller, request.model, base, resolved.tuned)
+        if tuned is not None and not tuned.proof and target.deployment is None:
+            self._prove(caller, request.model, base, tuned)
         conversation = request.conversation
         if not offers_tools(request):
             conversation = Conversation(messages=conversation.messages)
@@ -240,12 +231,12 @@ class CompletionService:
         order = self._order(base, request, renderer, renderer.prompt(conversation) + ids)
         grammar = answer_grammar(request, renderer)
         order = msgspec.structs.replace(order, grammar=grammar, grammar_begun=ids, tenant=caller.project_id)
-        return base, resolved.tuned, renderer, order, opening
+        return target, renderer, order, opening
 
     def _prove(self, caller: Caller, name: str, base: Base, checkpoint: TunedModel) -> None:
         """Measure the effect of a checkpoint that is called for the first time; what has none is not served."""
         try:
-            proof = self._pool.prove(base, checkpoint)
+            proof = self._serving.prove(base, checkpoint)
         except InvalidRequest:
             self._models.resolve(caller.project_id, name)  # it may just have had its day
             raise

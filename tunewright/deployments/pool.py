@@ -3,11 +3,10 @@
 A worker is started by the first request that needs it, found again after a restart of the server, and replaced when it dies.
 A keeper thread asks each one from time to time how it is: that keeps those that outlived an earlier server from ending
 themselves, and tells the frozen from the busy.
-The folder `workers/{base}` holds what is needed for that: `spec.json` (with the secret), `worker.json` and the log.
+The process lives in the folder `workers/{base}` (see `workers.py`).
 """
 
 import asyncio
-import secrets
 import threading
 from collections import Counter
 from collections.abc import AsyncGenerator, Iterator
@@ -21,21 +20,21 @@ import structlog
 
 from tunewright.clock import mono_s
 from tunewright.deployments.full_models import FullOrder, prove_full
-from tunewright.deployments.ports import (
-    Done,
-    Embed,
-    Generate,
-    Prove,
-    State,
-    TokenText,
-    Vector,
-    WorkerProcess,
-    WorkerSpec,
-)
+from tunewright.deployments.ports import Done, Embed, Generate, Prove, State, TokenText, Vector, WorkerSpec
 from tunewright.deployments.quarantine import Passenger, Quarantine, fingerprint_of
-from tunewright.deployments.worker_client import WorkerClient, WorkerGone, WorkerSlow
+from tunewright.deployments.worker_client import WorkerGone, WorkerSlow
+from tunewright.deployments.workers import (
+    StartFailed,
+    Worker,
+    Workers,
+    asks_for,
+    base_spec,
+    engine_busy,
+    engine_lost,
+    engine_overloaded,
+    with_adapter,
+)
 from tunewright.errors import InvalidRequest, TunewrightError, Unavailable
-from tunewright.files_on_disk import write_atomically
 from tunewright.i18n import mark
 from tunewright.jobs.ports import Runner
 from tunewright.models.records import FULL, Base, TunedModel
@@ -45,15 +44,9 @@ from tunewright.settings import HomeFolder, Settings
 
 log = structlog.get_logger()
 
-_WORKER_MODULE = "tunewright.engines.worker"
 _MAX_BACKOFF_S = 30.0
 _PING_EVERY_S = 2.0
 _STATE_LIMIT_S = 1.0
-
-
-class _Worker(msgspec.Struct, frozen=True):
-    process: WorkerProcess
-    client: WorkerClient
 
 
 class Pool:
@@ -63,8 +56,8 @@ class Pool:
         self._home = home
         self._settings = settings
         self._runner = runner
-        self._workers: dict[str, _Worker] = {}
-        self._starting: dict[str, Future[_Worker]] = {}
+        self._workers: dict[str, Worker] = {}
+        self._starting: dict[str, Future[Worker]] = {}
         self._lock = threading.Lock()
         self._under_way: Counter[str] = Counter()
         """Base -> generations that its worker has or is about to get."""
@@ -73,6 +66,7 @@ class Pool:
         """Base -> (starts that failed in a row, monotonic second before which no other is tried)."""
         self._stopping = threading.Event()
         self._keeper: threading.Thread | None = None
+        self._processes = Workers(runner, settings, self._stopping)
 
     # -- what others call ---------------------------------------------------------------------------------------------
 
@@ -84,13 +78,7 @@ class Pool:
         Raises Unavailable (`engine_not_ready`, `engine_lost`, `engine_busy`, `engine_overloaded`), TunewrightError
         (`request_quarantined`) for a request that has killed two workers, or what the engine refuses.
         """
-        if tuned is not None:
-            request = msgspec.structs.replace(
-                request,
-                adapter_id=tuned.id,
-                adapter_path=str(self._home.adapters / (tuned.adapter_path or tuned.id)),
-                adapter_sha256=tuned.adapter_sha256,
-            )
+        request = with_adapter(request, self._home, tuned)
         fingerprint = fingerprint_of(base.code, request)
         request = msgspec.structs.replace(request, fingerprint=fingerprint)
         with self._counted(base.code):
@@ -111,16 +99,16 @@ class Pool:
                             yield reply
                     return
                 except WorkerSlow:
-                    raise _busy() from None
+                    raise engine_busy() from None
                 except WorkerGone:
                     await self._ask(base.code, worker)
                     if started or last_try:
-                        raise _lost() from None
+                        raise engine_lost() from None
 
     def check_room(self, base: Base) -> None:
         """Raises Unavailable (`engine_overloaded`) if the worker of `base` would refuse one more request."""
         if self._under_way[base.code] >= self._settings.engine_slots + self._settings.engine_queue:
-            raise Unavailable("engine_overloaded", mark("The engine has too many requests waiting; try again soon."))
+            raise engine_overloaded()
 
     @contextmanager
     def _counted(self, base_code: str) -> Iterator[None]:
@@ -155,13 +143,13 @@ class Pool:
                 answered = True
                 raise
             except WorkerSlow:
-                raise _busy() from None
+                raise engine_busy() from None
             except WorkerGone:
                 if worker is not None:
                     await self._ask(base.code, worker)
                 if started or last_try:
                     self._quarantine.check(request.fingerprint)
-                    raise _lost() from None
+                    raise engine_lost() from None
             finally:
                 self._quarantine.leave(passenger, answered=answered)
 
@@ -170,7 +158,7 @@ class Pool:
             async with asyncio.timeout(limit_s):
                 return await self._quarantine.board(base.code, request.fingerprint)
         except TimeoutError:
-            raise _busy() from None
+            raise engine_busy() from None
 
     def warm(self, base: Base) -> None:
         """Start the worker of `base` in the background, if it is not there. Whoever needs it learns how that went."""
@@ -178,7 +166,7 @@ class Pool:
 
     def memory_bytes(self) -> int:
         """What the workers hold in memory now."""
-        return sum(self._runner.memory_bytes(worker.process.pid) for worker in list(self._workers.values()))
+        return sum(map(self._processes.memory_bytes, list(self._workers.values())))
 
     async def states(self) -> list[State]:
         """What the workers say of themselves now; one that does not answer within a second is left out."""
@@ -204,10 +192,10 @@ class Pool:
         try:
             proof = asyncio.run(worker.client.prove(request))
         except WorkerSlow:
-            raise _busy() from None
+            raise engine_busy() from None
         except WorkerGone:
             asyncio.run(self._ask(base.code, worker))
-            raise _lost() from None
+            raise engine_lost() from None
         return msgspec.to_builtins(proof)
 
     def _prove_full(self, base: Base, model: TunedModel) -> dict[str, Any]:
@@ -250,19 +238,12 @@ class Pool:
         Takes no more than that. Safe to call twice.
         """
         self._stopping.set()
-        pids = {pid for folder in self._home.workers.iterdir() for pid in self._runner.find(_WORKER_MODULE, folder)}
-        for pid in pids:
-            self._runner.terminate(pid)
-        deadline = mono_s() + 5.0
-        while (pids := {pid for pid in pids if not self._runner.group_empty(pid)}) and mono_s() < deadline:
-            threading.Event().wait(0.05)
-        for pid in pids:
-            self._runner.kill(pid)
+        self._processes.end_in(self._home.workers.iterdir())
         if self._keeper is not None:
             self._keeper.join(1.0)
         self._workers.clear()
 
-    def ensure(self, base: Base) -> _Worker:
+    def ensure(self, base: Base) -> Worker:
         """The live worker of `base`, adopted or started if need be; blocks until it can answer.
 
         Raises Unavailable (`engine_not_ready`).
@@ -271,7 +252,7 @@ class Pool:
 
     # -- starting and finding -----------------------------------------------------------------------------------------
 
-    def _ready(self, base: Base) -> Future[_Worker]:
+    def _ready(self, base: Base) -> Future[Worker]:
         """What `ensure` returns, as a future. One start at a time for each base, in a thread of its own: however long it
         takes, those who wait for it occupy no thread that requests for other bases need."""
         with self._lock:
@@ -284,10 +265,10 @@ class Pool:
                 ).start()
         return future
 
-    def _fulfil(self, future: Future[_Worker], base: Base) -> None:
+    def _fulfil(self, future: Future[Worker], base: Base) -> None:
         try:
             worker = self._workers.get(base.code)
-            if worker is None or not self._alive(worker.process):
+            if worker is None or not self._processes.alive(worker):
                 if worker is not None:
                     self._quarantine.died(worker.process.pid)
                 self._respect_backoff(base)
@@ -298,86 +279,31 @@ class Pool:
         except BaseException as error:  # handed to those who wait
             future.set_exception(error)
 
-    def _spec(self, base: Base, secret: str) -> WorkerSpec:
-        settings = self._settings
-        return WorkerSpec(
-            worker_id=f"pool-{base.code}",
-            base_code=base.code,
-            base_path=str(_path_of(base)),
-            base_files=base.files,
-            renderer_hash=renderer_of(_path_of(base)).hash,
-            secret=secret,
-            threads=settings.engine_threads,
-            precision=settings.engine_precision,
-            weights=settings.engine_weights,
-            slots=settings.engine_slots,
-            queue=settings.engine_queue,
-            adapters=settings.engine_adapters,
-            context_tokens=min(base.context_tokens, settings.engine_context_tokens),
-            idle_exit_s=settings.engine_idle_exit_s,
-        )
-
-    def _adopt(self, base: Base) -> _Worker | None:
+    def _adopt(self, base: Base) -> Worker | None:
         """The worker that an earlier server started, if it answers and was started with what we would ask for now."""
+        found = self._processes.find(self._home.workers / base.code)
+        if found is None or not asks_for(found[1], self._spec(base)):
+            return None
+        log.info("engine_adopted", base=base.code, pid=found[0].process.pid)
+        return found[0]
+
+    def _start(self, base: Base) -> Worker:
         folder = self._home.workers / base.code
         try:
-            process = msgspec.json.decode((folder / "worker.json").read_bytes(), type=WorkerProcess)
-            spec = msgspec.json.decode((folder / "spec.json").read_bytes(), type=WorkerSpec)
-        except (OSError, msgspec.MsgspecError):
-            return None
-        if not self._alive(process):
-            return None
-        client = WorkerClient(process.port, spec.secret)
-        if spec == self._spec(base, spec.secret):
-            try:
-                asyncio.run(client.health())
-                log.info("engine_adopted", base=base.code, pid=process.pid)
-                return _Worker(process, client)
-            except (WorkerGone, WorkerSlow):
-                pass
-        return None
-
-    def _start(self, base: Base) -> _Worker:
-        folder = self._home.workers / base.code
-        folder.mkdir(mode=0o700, exist_ok=True)
-        for pid in self._runner.find(_WORKER_MODULE, folder):  # not adopted, or not ready yet when its server died
-            self._runner.kill(pid)
-        (folder / "worker.json").unlink(missing_ok=True)
-        spec = self._spec(base, secrets.token_hex(32))
-        write_atomically(folder / "spec.json", msgspec.json.encode(spec))
-        log_path = folder / "log.txt"
-        log_path.unlink(missing_ok=True)
-        pid = self._runner.start(_WORKER_MODULE, folder, log_path)
-        begun = mono_s()
-        process = self._wait_until_ready(folder, pid)
-        if process is None:
-            self._runner.kill(pid)
+            return self._processes.start(folder, self._spec(base))
+        except StartFailed:
             failures, _ = self._failures.get(base.code, (0, 0.0))
             self._failures[base.code] = (failures + 1, mono_s() + min(2.0**failures, _MAX_BACKOFF_S))
-            log.error("engine_start_failed", base=base.code, log=str(log_path), failures=failures + 1)
-            raise _not_ready(base)
-        log.info("engine_ready", base=base.code, pid=pid, seconds=round(mono_s() - begun, 2))
-        return _Worker(process, WorkerClient(process.port, spec.secret))
+            log.error("engine_start_failed", base=base.code, log=str(folder / "log.txt"), failures=failures + 1)
+            raise _not_ready(base) from None
 
-    def _wait_until_ready(self, folder: Path, pid: int) -> WorkerProcess | None:
-        deadline = mono_s() + self._settings.engine_start_limit_s
-        ticks = self._runner.start_ticks(pid)
-        while mono_s() < deadline and not self._stopping.is_set():
-            try:
-                return msgspec.json.decode((folder / "worker.json").read_bytes(), type=WorkerProcess)
-            except FileNotFoundError:
-                if ticks is None or not self._runner.alive(pid, ticks):
-                    return None
-                self._stopping.wait(0.05)
-        return None
+    def _spec(self, base: Base) -> WorkerSpec:
+        return base_spec(_pulled(base), self._settings, f"pool-{base.code}")
 
     def _respect_backoff(self, base: Base) -> None:
         _, not_before = self._failures.get(base.code, (0, 0.0))
         if self._stopping.is_set() or mono_s() < not_before:
             raise _not_ready(base)
-
-    def _alive(self, process: WorkerProcess) -> bool:
-        return self._runner.alive(process.pid, process.start_ticks)
 
     # -- looking after --------------------------------------------------------------------------------------------
 
@@ -394,36 +320,24 @@ class Pool:
         workers = list(self._workers.items())
         await asyncio.gather(*(self._ask(base_code, worker) for base_code, worker in workers))
 
-    async def _ask(self, base_code: str, worker: _Worker) -> None:
+    async def _ask(self, base_code: str, worker: Worker) -> None:
         """Drop a worker that has died, is silent or is stuck in a step; it is killed, which ends what it had begun."""
         if self._workers.get(base_code) is not worker:
             return
-        reason, running = "died", None
-        if self._alive(worker.process):
-            asked_s, limit_s = mono_s(), self._settings.engine_silence_limit_s
-            try:
-                state = await worker.client.health(limit_s)
-                if state.step_s < self._settings.engine_step_limit_s:
-                    return
-                reason, running = "stuck", state.running
-            except WorkerSlow:
-                if mono_s() - asked_s < limit_s:  # it could not be asked
-                    return
-                reason = "silent"
-            except (WorkerGone, TunewrightError):
-                pass
+        trouble = await self._processes.trouble(worker)
+        if trouble is None:
+            return
         with self._lock:
             if self._workers.get(base_code) is not worker:
                 return
             del self._workers[base_code]
         if not self._stopping.is_set():
-            self._quarantine.died(worker.process.pid, running)
-            log.error("engine_lost", base=base_code, pid=worker.process.pid, reason=reason)
-        if self._alive(worker.process):
-            self._runner.kill(worker.process.pid)
+            self._quarantine.died(worker.process.pid, trouble.running)
+            log.error("engine_lost", base=base_code, pid=worker.process.pid, reason=trouble.reason)
+        self._processes.kill(worker)
 
 
-def _path_of(base: Base) -> Path:
+def _pulled(base: Base) -> Base:
     if base.path is None:
         raise InvalidRequest(
             "model_not_pulled",
@@ -431,18 +345,14 @@ def _path_of(base: Base) -> Path:
             param="model",
             base=base.code,
         )
-    return base.path
+    return base
+
+
+def _path_of(base: Base) -> Path:
+    return Path(_pulled(base).path or "")
 
 
 def _not_ready(base: Base) -> Unavailable:
     return Unavailable(
         "engine_not_ready", mark('The engine of "{base}" is not ready; try again in a moment.'), base=base.code
     )
-
-
-def _lost() -> Unavailable:
-    return Unavailable("engine_lost", mark("The engine stopped while it answered; try again."))
-
-
-def _busy() -> Unavailable:
-    return Unavailable("engine_busy", mark("The engine did not answer in time; try again in a moment."))

@@ -1,8 +1,8 @@
 """The gateway's end of the protocol in `ports.py`: one connection per request to a worker on the loopback."""
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
 from typing import TypeVar
 
 import msgspec
@@ -49,29 +49,41 @@ class WorkerClient:
     def __init__(self, port: int, secret: str) -> None:
         self._port = port
         self._secret = secret
+        self._answers: dict[object, Callable[[], object]] = {}
+
+    def cut(self) -> None:
+        """End all answers under way: whoever waits for one sees the worker as gone. May be called from any thread."""
+        for abort in list(self._answers.values()):
+            with suppress(RuntimeError):  # its event loop is closed, and the answer with it
+                abort()
 
     async def generate(
         self, request: Generate, first_limit_s: float | None = None
     ) -> AsyncGenerator[TokenText | Done, None]:
         """The pieces of one answer, ending with `Done`. WorkerSlow: the first did not come within `first_limit_s`."""
+        ticket, loop = object(), asyncio.get_running_loop()
         request = msgspec.structs.replace(request, secret=self._secret)
-        async with self._exchange(request, _PIECE_LIMIT_BYTES) as reader:
+        async with self._exchange(request, _PIECE_LIMIT_BYTES) as (reader, writer):
+            self._answers[ticket] = lambda: loop.call_soon_threadsafe(writer.transport.abort)
             try:
-                async with asyncio.timeout(first_limit_s):
+                try:
+                    async with asyncio.timeout(first_limit_s):
+                        line = await reader.readline()
+                except TimeoutError:
+                    raise WorkerSlow from None
+                while True:
+                    reply = _reply(line)
+                    if isinstance(reply, TokenText | Done):
+                        yield reply
+                        if isinstance(reply, Done):
+                            return
                     line = await reader.readline()
-            except TimeoutError:
-                raise WorkerSlow from None
-            while True:
-                reply = _reply(line)
-                if isinstance(reply, TokenText | Done):
-                    yield reply
-                    if isinstance(reply, Done):
-                        return
-                line = await reader.readline()
+            finally:
+                del self._answers[ticket]
 
     async def embed(self, request: Embed) -> AsyncGenerator[Vector | Done, None]:
         """The vectors of all texts, ending with `Done`."""
-        async with self._exchange(msgspec.structs.replace(request, secret=self._secret)) as reader:
+        async with self._exchange(msgspec.structs.replace(request, secret=self._secret)) as (reader, _):
             while True:
                 reply = _reply(await reader.readline())
                 if isinstance(reply, Vector | Done):
@@ -93,7 +105,7 @@ class WorkerClient:
 
     async def _one(self, request: EngineRequest, kind: type[_Reply], timeout_s: float) -> _Reply:
         try:
-            async with asyncio.timeout(timeout_s), self._exchange(request) as reader:
+            async with asyncio.timeout(timeout_s), self._exchange(request) as (reader, _):
                 reply = _reply(await reader.readline())
         except TimeoutError:
             raise WorkerSlow from None
@@ -104,7 +116,7 @@ class WorkerClient:
     @asynccontextmanager
     async def _exchange(
         self, request: EngineRequest, limit: int = _LINE_LIMIT_BYTES
-    ) -> AsyncIterator[asyncio.StreamReader]:
+    ) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
         try:
             reader, writer = await asyncio.open_connection("127.0.0.1", self._port, limit=limit)
         except ConnectionError:
@@ -114,7 +126,7 @@ class WorkerClient:
         try:
             writer.write(encode_line(request) + b"\n")
             await writer.drain()
-            yield reader
+            yield reader, writer
         except (ConnectionError, asyncio.IncompleteReadError):
             raise WorkerGone from None
         finally:

@@ -1,5 +1,6 @@
 """The queue as the database and the machine have it now: facts for `scheduling.py`, and what it makes of them for one job."""
 
+from collections.abc import Callable
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
@@ -52,18 +53,29 @@ class Line:
         self.measured_bytes: dict[str, int] = {}
         """Job id -> what its trainer holds now, where that is known."""
         self.engines_bytes = 0
-        """What the engines hold now."""
+        """What the engines of the pool hold now."""
+        self.instances_bytes: Callable[[], int] = lambda: 0
+        """What private instances hold or were promised."""
 
     def room(self) -> Room:
         """What trainers may take in all."""
-        whole = self._settings.memory_bytes or self._machine.memory_bytes()
-        most = max(0, whole - self._settings.reserved_memory_bytes)
+        most = self._most_bytes()
         return Room(
             places=self._settings.max_running_jobs,
-            memory_bytes=max(0, most - self.engines_bytes),
+            memory_bytes=max(0, most - self.engines_bytes - self.instances_bytes()),
             most_memory_bytes=most,
             gpus=min(1, self._machine.gpus()),  # all trainers use the first that they see
         )
+
+    def left_bytes(self, jobs: list[Job], engines_bytes: int) -> int:
+        """What the pool (`engines_bytes`) and those of the unfinished `jobs` that run leave to private instances. May be
+        negative."""
+        held = sum(self._running(job, None).memory_bytes for job in jobs if _takes_memory(job))
+        return self._most_bytes() - engines_bytes - held
+
+    def _most_bytes(self) -> int:
+        whole = self._settings.memory_bytes or self._machine.memory_bytes()
+        return max(0, whole - self._settings.reserved_memory_bytes)
 
     def threads(self) -> int:
         """Of one trainer: an equal share of the cores where several may run; 0 lets the only one measure what is best."""
@@ -105,7 +117,7 @@ class Line:
         if not queued:
             return {}
         past, room, now = self._past(tx), self.room(), wall_s()
-        busy = [job for job in jobs if job.status in (RUNNING, CANCELLING) or is_under_way(job)]
+        busy = [job for job in jobs if _takes_memory(job)]
         tell = past + [job for job in busy if job.status == RUNNING and job.elapsed_s > 0]
         lengths = {job.id: _length(job, tell, now) for job in (*queued, *busy)}
         waiting = [_waiting(job, lengths[job.id][0]) for job in queued]
@@ -140,6 +152,10 @@ class Line:
 
     def _past(self, tx: "Transaction") -> list[Job]:
         return tx.jobs.ended_since(wall_s() - _REMEMBERED_S, _MOST_REMEMBERED)
+
+
+def _takes_memory(job: Job) -> bool:
+    return job.status in (RUNNING, CANCELLING) or is_under_way(job)
 
 
 def _waiting(job: Job, duration_s: float | None) -> Waiting:

@@ -47,7 +47,8 @@ class Card(msgspec.Struct, frozen=True, kw_only=True):
 class ModelService:
     """All methods block. A name of another project's model is answered like a name that never existed.
 
-    `on_delete` is called with each deleted model after its row is committed; it must neither block nor raise.
+    `on_delete` is called with each deleted model, `on_undeploy` with the id of each deployment that goes with it, after the rows
+    are committed; they must neither block nor raise.
     """
 
     def __init__(self, storage: "Storage", catalogue: Catalogue, home: HomeFolder) -> None:
@@ -56,6 +57,7 @@ class ModelService:
         self._home = home
         self._checkpoints = CheckpointFiles(home)
         self.on_delete: Callable[[TunedModel], None] = lambda model: None
+        self.on_undeploy: Callable[[str], None] = lambda deployment_id: None
 
     def resolve(self, project_id: str, name: str) -> Resolved:
         """Raises NotFound(`model_not_found`) unless it is a base, an alias, or a ready model or a checkpoint of this project,
@@ -92,7 +94,7 @@ class ModelService:
         raise _not_found(name)
 
     def delete(self, project_id: str, name: str) -> TunedModel:
-        """The deleted model; the same answer when it was deleted before. Its checkpoints go with it.
+        """The deleted model; the same answer when it was deleted before. Its checkpoints and deployments go with it.
 
         Its adapter's files go after the row is committed, and a repeated call removes what a crash left of them.
         Raises NotFound(`model_not_found`), PermissionDenied(`base_model`), Conflict(`job_not_finished`).
@@ -116,8 +118,12 @@ class ModelService:
             tx.jobs.drop_checkpoints(project_id, model.job_id, [each.step for each in checkpoints])
             if model.status != "deleted":
                 model = tx.models.change(model, status="deleted", deleted_at=clock.wall_s()) or model
-        for gone in (model, *(as_model(model, each) for each in checkpoints)):
-            self.on_delete(gone)
+            gone = [model, *(as_model(model, each) for each in checkpoints)]
+            undeployed = tx.deployments.retire_of_models(project_id, [each.id for each in gone], clock.wall_s())
+        for deployment in undeployed:
+            self.on_undeploy(deployment.id)
+        for each in gone:
+            self.on_delete(each)
         self._remove_adapter(model)
         self._checkpoints.remove_all(model.id)
         return model
@@ -198,6 +204,9 @@ class ModelService:
                     status=job.status,
                 )
             tx.jobs.drop_checkpoints(project_id, checkpoint.job_id, [checkpoint.checkpoint_step or 0])
+            undeployed = tx.deployments.retire_of_models(project_id, [checkpoint.id], clock.wall_s())
+        for deployment in undeployed:
+            self.on_undeploy(deployment.id)
         self.on_delete(checkpoint)
         self._remove_adapter(checkpoint)
         return checkpoint

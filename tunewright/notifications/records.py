@@ -1,4 +1,4 @@
-"""A channel that is told when jobs end, what it is told, and how that went."""
+"""A channel that is told when jobs end and deployments become ready or fail, what it is told, and how that went."""
 
 from typing import Any
 
@@ -22,7 +22,9 @@ TYPE_OF_STATUS = {
     CANCELLED: "fine_tuning.job.cancelled",
 }
 """The type of the event that a job's end is."""
-EVENT_TYPES = tuple(TYPE_OF_STATUS.values())
+DEPLOYMENT_READY = "deployment.ready"
+DEPLOYMENT_FAILED = "deployment.failed"
+EVENT_TYPES = (*TYPE_OF_STATUS.values(), DEPLOYMENT_READY, DEPLOYMENT_FAILED)
 TEST_TYPE = "notification.test"
 
 
@@ -53,9 +55,9 @@ class Channel(msgspec.Struct, frozen=True, kw_only=True):
 class Delivery(msgspec.Struct, frozen=True, kw_only=True):
     """One event on its way to one channel: a row of the outbox.
 
-    `event_id` is the same for all channels and all tries: what a receiver tells duplicates by. `data` are the facts of the
-    event. `attempts` counts tries that were begun; `attempted_at` is the last one. `error` is the code of its failure
-    and `http_status` what the receiver answered, if it did.
+    `event_id` is the same for all channels and all tries: what a receiver tells duplicates by. `subject_id` is the job or the
+    deployment, `data` are the facts. `attempts` counts tries that were begun; `attempted_at` is the last one. `error` is the
+    code of its failure and `http_status` what the receiver answered, if it did.
     """
 
     id: str
@@ -63,7 +65,7 @@ class Delivery(msgspec.Struct, frozen=True, kw_only=True):
     channel_id: str
     event_id: str
     type: str
-    job_id: str
+    subject_id: str
     data: dict[str, Any] = {}
     status: str = PENDING
     recipients: int = 1

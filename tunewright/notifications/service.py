@@ -229,7 +229,7 @@ def _test_delivery(channel: Channel) -> Delivery:
         channel_id=channel.id,
         event_id=new_id("event"),
         type=TEST_TYPE,
-        job_id="ftjob-test",
+        subject_id="ftjob-test",
         recipients=channel.recipients,
         metered=channel.kind == APPRISE,
         attempts=1,

@@ -3,19 +3,29 @@
 from typing import Any
 
 from tunewright.i18n import mark, translate
-from tunewright.notifications.records import TEST_TYPE, TYPE_OF_STATUS, Delivery
+from tunewright.notifications.records import (
+    DEPLOYMENT_FAILED,
+    DEPLOYMENT_READY,
+    TEST_TYPE,
+    TYPE_OF_STATUS,
+    Delivery,
+)
 
 _TITLES = {
     TYPE_OF_STATUS["succeeded"]: mark("Fine-tuning succeeded: {model}"),
     TYPE_OF_STATUS["failed"]: mark("Fine-tuning failed: {model}"),
     TYPE_OF_STATUS["cancelled"]: mark("Fine-tuning cancelled: {model}"),
+    DEPLOYMENT_READY: mark("Instance ready: {model}"),
+    DEPLOYMENT_FAILED: mark("Instance failed: {model}"),
     TEST_TYPE: mark("Test message from Tunewright"),
 }
 _BODIES = {
-    TYPE_OF_STATUS["succeeded"]: mark("Job {job} has succeeded. The model {model} is ready."),
-    TYPE_OF_STATUS["failed"]: mark("Job {job} has failed; there is no model {model}. Cause ({code}): {cause}"),
-    TYPE_OF_STATUS["cancelled"]: mark("Job {job} was cancelled; there is no model {model}."),
-    TEST_TYPE: mark("This channel works: it will be told when jobs end."),
+    TYPE_OF_STATUS["succeeded"]: mark("Job {id} has succeeded. The model {model} is ready."),
+    TYPE_OF_STATUS["failed"]: mark("Job {id} has failed; there is no model {model}. Cause ({code}): {cause}"),
+    TYPE_OF_STATUS["cancelled"]: mark("Job {id} was cancelled; there is no model {model}."),
+    DEPLOYMENT_READY: mark("Deployment {id} is ready. Call it as {model}."),
+    DEPLOYMENT_FAILED: mark("Deployment {id} of {model} can't be started. Cause ({code}): {cause}"),
+    TEST_TYPE: mark("This channel works: it will be told when jobs end and when deployments are ready or fail."),
 }
 
 
@@ -23,7 +33,7 @@ def title_and_body(delivery: Delivery, language: str) -> tuple[str, str]:
     """The two texts of one message."""
     error = delivery.data.get("error") or {}
     values = {
-        "job": delivery.job_id,
+        "id": delivery.subject_id,
         "model": delivery.data.get("model", ""),
         "code": error.get("code", ""),
         "cause": _cause(error, language) if error else "",

@@ -41,14 +41,14 @@ def signed_headers(secrets: Sequence[str], event_id: str, at_s: int, body: bytes
 
 
 def event_body(delivery: Delivery) -> bytes:
-    """The event as it is sent. It names the job and nothing else: what happened is asked for with a key."""
+    """The event as it is sent. It names the job or the deployment and nothing else: what happened is asked for with a key."""
     return msgspec.json.encode(
         {
             "id": delivery.event_id,
             "object": "event",
             "created_at": delivery.created_at,
             "type": delivery.type,
-            "data": {"id": delivery.job_id},
+            "data": {"id": delivery.subject_id},
         }
     )
 

@@ -23,6 +23,7 @@ from tunewright.storage import schema
 from tunewright.storage.accounts import Idempotency, Keys, Projects
 from tunewright.storage.batches import AsyncTasks, Batches
 from tunewright.storage.datasets import Files
+from tunewright.storage.deployments import Deployments
 from tunewright.storage.failures import database_unavailable, driver_errors_translated
 from tunewright.storage.images import FileImages
 from tunewright.storage.jobs import Jobs
@@ -94,6 +95,7 @@ class Transaction:
         self.uploads = Uploads(connection)
         self.jobs = Jobs(connection)
         self.models = Models(connection)
+        self.deployments = Deployments(connection)
         self.channels = Channels(connection)
         self.deliveries = Deliveries(connection)
         self.idempotency = Idempotency(connection)

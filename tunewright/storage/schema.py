@@ -8,7 +8,7 @@ from tunewright.errors import Misconfigured
 from tunewright.i18n import mark
 from tunewright.storage.tables import metadata
 
-HISTORY = ("0001", "0002", "0003", "0004", "0005", "0006", "0007", "0008", "0009")
+HISTORY = ("0001", "0002", "0003", "0004", "0005", "0006", "0007", "0008", "0009", "0010")
 """Revisions in `migrations/versions`, oldest first (a test compares). Known without importing Alembic, which takes longer
 than the rest of the start together."""
 

@@ -1,4 +1,4 @@
-"""Notification channels: who is told when a job ends."""
+"""Notification channels: who is told when a job ends and when a deployment is ready or fails."""
 
 from typing import Annotated, Any, Literal
 
@@ -14,7 +14,14 @@ from tunewright.api.native.jobs import PREFIX
 from tunewright.api.refusals import refuse_others
 from tunewright.api.services import NotificationsOf, PlatformOf
 from tunewright.i18n import mark, translate
-from tunewright.notifications.records import ENABLED, EVENT_TYPES, Channel, Delivery
+from tunewright.notifications.records import (
+    DEPLOYMENT_FAILED,
+    DEPLOYMENT_READY,
+    ENABLED,
+    EVENT_TYPES,
+    Channel,
+    Delivery,
+)
 from tunewright.notifications.service import NewChannel
 
 MOST_DELIVERIES = 100
@@ -144,13 +151,15 @@ def _shown(request: Request, channel: Channel, secret: str | None = None) -> dic
 
 
 def _delivery_object(delivery: Delivery) -> dict[str, Any]:
+    about_deployment = delivery.type in (DEPLOYMENT_FAILED, DEPLOYMENT_READY)
     return {
         "id": delivery.id,
         "object": "notification_delivery",
         "channel_id": delivery.channel_id,
         "event_id": delivery.event_id,
         "type": delivery.type,
-        "job_id": delivery.job_id,
+        "job_id": None if about_deployment else delivery.subject_id,
+        "deployment_id": delivery.subject_id if about_deployment else None,
         "status": delivery.status,
         "attempts": delivery.attempts,
         "attempted_at": delivery.attempted_at,

@@ -67,7 +67,7 @@ TABLE = ErrorTable(
         "model_not_found": Row(400, _INVALID, "1211"),
         "base_not_found": Row(404, _NOT_FOUND, "1608"),
         "model_not_pulled": Row(400, _INVALID, "1211"),
-        "model_not_served": Row(400, _INVALID, "1212"),
+        "model_not_deployed": Row(400, _INVALID, "1212"),
         "embeddings_not_supported": Row(400, _INVALID, "1212"),
         "modality_not_supported": Row(400, _INVALID, "1212"),
         "model_not_tunable": Row(404, _NOT_FOUND, "1600"),
