@@ -120,9 +120,9 @@ class FastDecoder:
         self._window: int | None = config.sliding_window if type(model) is MistralForCausalLM else None
         records = attention_of(model.device, self.dtype, self._head_size) == FLASH
         self._graphs = DecodeGraphs(self._step, record_on_cuda) if records else None
-        self._embedding_VE: torch.Tensor = inner.embed_tokens.weight.detach()
+        self._embedding_VE: torch.Tensor = inner.embed_tokens.weight.detach().clone()  # of the file nothing is to stay mapped
         self.n_embeddings = self._embedding_VE.shape[0]
-        self._norm_E: torch.Tensor = inner.norm.weight.detach()
+        self._norm_E: torch.Tensor = inner.norm.weight.detach().clone()
         self._cos_CD, self._sin_CD = self._rotation_table(inner.rotary_emb, context_tokens)
         self.linears: dict[str, tuple[int, int]] = {}
         self._layers = [self._take_layer(f"model.layers.{i}", layer) for i, layer in enumerate(inner.layers)]
@@ -166,11 +166,11 @@ class FastDecoder:
             turned_norm_AD = torch.stack([q_norm_D] * self._n_q + [k_norm_D] * self._n_kv)
         return _Layer(
             name,
-            weights["input_layernorm.weight"],
-            weights["post_attention_layernorm.weight"],
+            weights["input_layernorm.weight"].clone(),
+            weights["post_attention_layernorm.weight"].clone(),
             turned_norm_AD,
-            weights.get("post_self_attn_layernorm.weight"),
-            weights.get("post_mlp_layernorm.weight"),
+            _cloned(weights.get("post_self_attn_layernorm.weight")),
+            _cloned(weights.get("post_mlp_layernorm.weight")),
             getattr(layer.get_submodule("self_attn"), "sliding_window", self._window),
             *products.values(),
         )
@@ -241,6 +241,10 @@ class FastDecoder:
 
     def _normed(self, x_TE: torch.Tensor, norm_E: torch.Tensor | None) -> torch.Tensor:
         return x_TE if norm_E is None else functional.rms_norm(x_TE, norm_E.shape, norm_E, self._eps)
+
+
+def _cloned(weight_E: torch.Tensor | None) -> torch.Tensor | None:
+    return None if weight_E is None else weight_E.clone()
 
 
 def _joined(weights: dict[str, torch.Tensor], parts: tuple[str, ...]) -> tuple[torch.Tensor, torch.Tensor | None]:
