@@ -28,6 +28,7 @@ from tunewright.deployments.ports import (
 )
 from tunewright.files_on_disk import sha256_of
 from tunewright.rendering.renderer import Renderer
+from tunewright.worker_environment import LARGE_PAGES
 
 SECRET = "s" * 64
 
@@ -67,7 +68,8 @@ class WorkerRun:
         began = time.monotonic()
         with (self.folder / "log.txt").open("ab") as log:
             command = [sys.executable, "-P", "-m", "tunewright.engines.worker", str(self.folder)]
-            self.process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+            environment = {**os.environ, **LARGE_PAGES}
+            self.process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
         while not (self.folder / "worker.json").exists():
             if self.process.poll() is not None or time.monotonic() - began > limit_s:
                 self.kill()

@@ -120,7 +120,8 @@ class FastDecoder:
         self._window: int | None = config.sliding_window if type(model) is MistralForCausalLM else None
         records = attention_of(model.device, self.dtype, self._head_size) == FLASH
         self._graphs = DecodeGraphs(self._step, record_on_cuda) if records else None
-        self._embedding_VE: torch.Tensor = inner.embed_tokens.weight.detach().clone()  # of the file nothing is to stay mapped
+        # Copies, so that nothing of the file stays mapped.
+        self._embedding_VE: torch.Tensor = inner.embed_tokens.weight.detach().clone()
         self.n_embeddings = self._embedding_VE.shape[0]
         self._norm_E: torch.Tensor = inner.norm.weight.detach().clone()
         self._cos_CD, self._sin_CD = self._rotation_table(inner.rotary_emb, context_tokens)

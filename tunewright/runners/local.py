@@ -9,10 +9,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from tunewright.worker_environment import worker_environment
+from tunewright.worker_environment import LARGE_PAGES, worker_environment
 
 _PROC = Path("/proc")
 _CHILDREN_REMEMBERED = 64
+_ENGINES = "tunewright.engines."
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 
@@ -43,7 +44,7 @@ class LocalRunner:
                 # -P: the folder a worker runs in is never a place to import from.
                 [sys.executable, "-P", "-m", module, str(work_folder)],
                 cwd=work_folder,
-                env=worker_environment(),
+                env=worker_environment() | (LARGE_PAGES if module.startswith(_ENGINES) else {}),
                 stdin=subprocess.DEVNULL,
                 stdout=descriptor,
                 stderr=descriptor,
