@@ -147,6 +147,7 @@ class Reconciler:
 
     def retire(self, deployment_id: str) -> None:
         """End all replicas of a deployment that is undeployed (its row says so already), and the answers they give."""
+        self._expected.pop(deployment_id, None)
         running = self._running.get(deployment_id)
         if running is not None:
             running.retired = True
