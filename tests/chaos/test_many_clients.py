@@ -5,8 +5,11 @@ import itertools
 import json
 import random
 import resource
+import shutil
 import socket
 import struct
+import subprocess
+import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -87,6 +90,12 @@ class Gauge:
             await asyncio.sleep(0.05)
 
 
+async def warm(server: LiveServer) -> None:
+    """Threads and database connections come with the first requests at once, and stay."""
+    await answer_of(server, max_tokens=1)
+    await asyncio.gather(*(answer_of(server, max_tokens=1) for _ in range(30)))
+
+
 async def engine_is_idle(server: LiveServer, limit_s: float) -> None:
     left = time.monotonic()
     while (state := await asyncio.to_thread(worker_state, server)).active or state.waiting:
@@ -118,7 +127,7 @@ async def probed(server: LiveServer) -> AsyncIterator[list[float]]:
 async def test_r26_callers_who_leave_cost_nothing(serve: Serve, cycles: int) -> None:
     """By FIN or RST; at once, while they wait, or in the middle of a stream; with a stream and without."""
     with serve(step_s=0.005) as server:
-        await answer_of(server, max_tokens=1)
+        await warm(server)
         gauge, worker = Gauge(server), psutil.Process(worker_process(server).pid)
         worker_fds = worker.num_fds()
         chance = random.Random(cycles)
@@ -149,10 +158,24 @@ async def test_r26_callers_who_leave_cost_nothing(serve: Serve, cycles: int) -> 
         assert (await answer_of(server, max_tokens=1))[0] == 200, "the key has its places back"
 
 
+@pytest.mark.soak
+def test_r26_clients_who_vanish_are_noticed(tmp_path: Path, tiny_base: Path) -> None:
+    """No FIN and no RST, the link is gone: two streams and a caller who waits for a whole answer."""
+    inside = ["unshare", "-rn"]
+    if shutil.which("unshare") is None or subprocess.run([*inside, "true"], check=False).returncode:
+        pytest.skip("this machine gives no network namespaces")
+    command = [*inside, sys.executable, "-m", "tests.chaos.vanish", str(tmp_path / "home"), str(tiny_base)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    result = json.loads(done.stdout.splitlines()[-1])
+    print(result)
+    assert result["active"] == 3
+    assert result["seconds"] <= 30
+
+
 async def test_r27_slow_readers_hold_nobody_up(serve: Serve) -> None:
     """A hundred that read a byte a second. What they do not take stays within small buffers, and they are given up in the end."""
     with serve(slots=128, step_s=0.05, padding=4000) as server:
-        await answer_of(server, max_tokens=1)
+        await warm(server)
         gauge = Gauge(server)
 
         async def gaps() -> list[float]:
@@ -190,7 +213,7 @@ async def test_r27_slow_readers_hold_nobody_up(serve: Serve) -> None:
 async def test_r28_idle_and_slow_heads_hold_nobody_up(serve: Serve) -> None:
     """500 connections of which half say nothing and half a byte a second; their heads have ten seconds."""
     with serve(step_s=0.002) as server:
-        await answer_of(server, max_tokens=1)
+        await warm(server)
         gauge = Gauge(server)
         began = time.monotonic()
 
@@ -230,7 +253,7 @@ async def test_r29_many_streams_at_once(serve: Serve, streams: int, tokens: int,
     assert hard == resource.RLIM_INFINITY or hard >= needed, "ulimit -Hn"
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(needed, 4096), hard))
     with serve(slots=streams, queue=streams, step_s=step_s) as server:
-        await answer_of(server, max_tokens=1)
+        await warm(server)
         gauge = Gauge(server)
         late: list[float] = []
         most_mib = 0.0
@@ -270,7 +293,7 @@ async def test_r30_overload_is_refused_early_and_the_rest_is_served_as_ever(serv
     """Three times what the engine can do. Whoever waits waits for one turn: the queue is as long as there are slots."""
     slots, tokens, step_s = 8, 20, 0.05
     with serve(slots=slots, queue=slots, step_s=step_s) as server:
-        await answer_of(server, max_tokens=1)
+        await warm(server)
         alone = [(await answer_of(server, max_tokens=tokens))[2] for _ in range(3)]
 
         async def closed_loop(until: float) -> int:
