@@ -9,7 +9,7 @@ import numpy as np
 from llguidance import LLMatcher, LLTokenizer
 
 from tunewright.engines.answer_text import StreamDecoder
-from tunewright.errors import InvalidRequest, TunewrightError
+from tunewright.errors import InvalidRequest
 from tunewright.i18n import mark
 
 
@@ -24,13 +24,13 @@ class Constraint:
         self._bits = llguidance.numpy.allocate_token_bitmask(1, vocabulary)
 
     def forbid(self, logits_V: np.ndarray) -> None:
-        """Set the logits of tokens that can't come next to minus infinity. Raises TunewrightError if the grammar turned out to
+        """Set the logits of tokens that can't come next to minus infinity. Raises InvalidRequest if the grammar turned out to
         be too much work."""
         if self._after:
             return
         llguidance.numpy.fill_next_token_bitmask(self._matcher, self._bits, 0)
         if self._matcher.is_error():
-            raise TunewrightError("schema_too_complex", TOO_COMPLEX)
+            raise InvalidRequest("schema_too_complex", TOO_COMPLEX)
         allowed_V = np.unpackbits(self._bits.view(np.uint8), bitorder="little")[: len(logits_V)]
         logits_V[allowed_V == 0] = -np.inf
 
