@@ -77,6 +77,12 @@ class Settings(BaseSettings):
         default="checkpoint", description="What SIGTERM of the server does to running trainers"
     )
 
+    engine: Literal["torch", "vllm"] = Field(
+        default="torch", description="What answers: our own engine, or vLLM on GPUs (docs/operations.md)"
+    )
+    vllm_python: Path | None = Field(
+        default=None, description="Python of the environment that has vLLM and Tunewright; without it the server's own"
+    )
     engine_threads: int = Field(default=0, ge=0, description="Threads of an engine worker; 0 measures at start")
     engine_precision: Literal["auto", "fastest", "float32", "bfloat16"] = Field(
         default="auto", description="Number format of products; auto: float32 on a processor; fastest measures at start"

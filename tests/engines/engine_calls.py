@@ -7,11 +7,12 @@ from typing import Any
 
 from tests.engines.adapters import Reference
 from tests.engines.engine_worker import worker_spec
-from tunewright.deployments.ports import EngineReply, Generate, Prove, TokenScore, TokenText, Unload
+from tunewright.deployments.ports import Embed, EngineReply, Generate, Prove, TokenScore, TokenText, Unload
 from tunewright.engines.constraints import Constraint, Constraints
 from tunewright.engines.decoder import Decoder
 from tunewright.engines.placement import Placement, choose_placement
 from tunewright.engines.rows import Ticket
+from tunewright.engines.serving import ServingEngine
 from tunewright.engines.torch import Engine
 from tunewright.rendering.renderer import Renderer
 
@@ -23,7 +24,10 @@ class Call:
     """One request and what came back."""
 
     def __init__(
-        self, engine: Engine, request: Generate | Prove | Unload, constraint: Constraint | None = None
+        self,
+        engine: ServingEngine,
+        request: Generate | Prove | Embed | Unload,
+        constraint: Constraint | None = None,
     ) -> None:
         self.replies: queue.SimpleQueue[EngineReply] = queue.SimpleQueue()
         self.ticket: Ticket = engine.submit(request, self.replies.put, constraint)

@@ -39,6 +39,7 @@ class Fragile:
     def __init__(self, inner: Decoder) -> None:
         self._inner = inner
         self.device = inner.device
+        self.precision = inner.precision
         self.n_embeddings = inner.n_embeddings
         self.linears = inner.linears
         self.prepare = inner.prepare

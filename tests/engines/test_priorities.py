@@ -22,6 +22,7 @@ class Slow:
     def __init__(self, inner: Decoder) -> None:
         self._inner = inner
         self.device = inner.device
+        self.precision = inner.precision
         self.n_embeddings = inner.n_embeddings
         self.linears = inner.linears
         self.prepare = inner.prepare

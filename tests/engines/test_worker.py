@@ -1,6 +1,7 @@
 """The worker process over its socket: what the gateway relies on, and what a stranger on the machine gets."""
 
 import asyncio
+import importlib.util
 import json
 import os
 import socket
@@ -279,6 +280,25 @@ def test_changed_weights_of_its_own_are_not_served(
         own_weights["renderer_hash"] = "0" * 64
     code = "renderer_changed" if fault == "renderer" else "model_files_changed"
     assert code in fails_with(tmp_path / "worker", tiny_base, **own_weights)
+
+
+def test_without_vllm_its_engine_does_not_start(tiny_base: Path, tmp_path: Path) -> None:
+    if importlib.util.find_spec("vllm") is not None:
+        pytest.skip("vLLM is installed here")
+    assert "vllm_missing" in fails_with(tmp_path, tiny_base, engine="vllm")
+
+
+def test_vllm_runs_in_its_own_environment_as_the_same_process(tiny_base: Path, tmp_path: Path) -> None:
+    """The worker goes on under the other interpreter, with the number and the arguments by which a server finds it again."""
+    other = tmp_path / "bin" / "python"
+    other.parent.mkdir()
+    other.write_text(f"#!{sys.executable}\nimport os, sys\nprint(os.getpid(), *sys.argv[1:], flush=True)\n")
+    other.chmod(0o700)
+    run = WorkerRun(tmp_path / "worker", worker_spec(tiny_base, engine="vllm", python=str(other)))
+    command = [sys.executable, "-P", "-m", "tunewright.engines.worker", str(run.folder)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        said, _ = process.communicate(timeout=60)
+    assert said.split() == [str(process.pid), *command[1:]]
 
 
 def test_sigterm_ends_it_at_once_even_while_it_answers(tiny_base: Path, tmp_path: Path) -> None:

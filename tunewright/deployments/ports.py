@@ -35,6 +35,12 @@ class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
     """Number format of matrix products: float32, bfloat16, fastest (measured), or auto: float32 on a processor."""
     weights: str = "exact"
     """exact, or int8 for weights of 8 bits."""
+    store_path: str | None = None
+    """Adapters are loaded from below this folder only; None does not look."""
+    engine: str = "torch"
+    """`torch`, ours, or `vllm`."""
+    python: str | None = None
+    """The interpreter that has vLLM; None is the one that the worker was started with."""
 
 
 class WorkerProcess(msgspec.Struct, frozen=True, kw_only=True):

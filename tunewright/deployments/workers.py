@@ -185,6 +185,9 @@ def base_spec(base: Base, settings: Settings, worker_id: str) -> WorkerSpec:
         adapters=settings.engine_adapters,
         context_tokens=min(base.context_tokens, settings.engine_context_tokens),
         idle_exit_s=settings.engine_idle_exit_s,
+        store_path=str(HomeFolder(settings.home).adapters),
+        engine=settings.engine,
+        python=settings.vllm_python and str(settings.vllm_python),
     )
 
 

@@ -21,7 +21,7 @@ from tunewright.deployments.ports import (
     encode_line,
 )
 from tunewright.engines.rows import trouble_of
-from tunewright.engines.torch import Engine
+from tunewright.engines.serving import ServingEngine
 from tunewright.errors import InvalidRequest, TunewrightError
 from tunewright.i18n import mark
 
@@ -47,7 +47,7 @@ _decode_sealed = msgspec.json.Decoder(_Sealed).decode
 class Connections:
     """Speaks the protocol for one engine."""
 
-    def __init__(self, engine: Engine, secret: str) -> None:
+    def __init__(self, engine: ServingEngine, secret: str) -> None:
         self._engine = engine
         self._secret = secret.encode()
         self.n_open = 0

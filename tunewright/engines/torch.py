@@ -26,8 +26,9 @@ from tunewright.deployments.ports import (
     Unload,
     WorkerSpec,
 )
-from tunewright.engines.adapter_files import Adapter, adapter_invalid, read_adapter
+from tunewright.engines.adapter_files import Adapter, read_adapter
 from tunewright.engines.adapter_shelf import AdapterShelf, Key, Want
+from tunewright.engines.admission import check_request
 from tunewright.engines.answer_text import AnswerText, StreamDecoder
 from tunewright.engines.batch import Part, make_batch
 from tunewright.engines.constraints import Constraint, Constraints
@@ -38,7 +39,7 @@ from tunewright.engines.placement import Placement
 from tunewright.engines.proof import Probe
 from tunewright.engines.rows import Row, RunningRows, Ticket
 from tunewright.engines.sampling import Sampler
-from tunewright.errors import InvalidRequest, TunewrightError, Unavailable
+from tunewright.errors import TunewrightError, Unavailable
 from tunewright.i18n import mark
 
 _log = logging.getLogger(__name__)
@@ -63,6 +64,7 @@ class Engine:
         self._vocabulary = vocabulary
         self._worker_id, self._base_code = spec.worker_id, spec.base_code
         self._own_weights = spec.weights_path is not None
+        self._store = spec.store_path
         self._slots = spec.slots
         self._queue = spec.queue
         self._context_tokens = spec.context_tokens
@@ -113,7 +115,13 @@ class Engine:
 
         Raises InvalidRequest for what can never be served and Unavailable when the queue is full.
         """
-        key = self._check(request)
+        key = check_request(
+            request,
+            tokens=range(min(self._vocabulary, self._decoder.n_embeddings)),
+            context_tokens=self._context_tokens,
+            own_weights=self._own_weights,
+            store=self._store,
+        )
         with self._changed:
             if not isinstance(request, Unload) and len(self._waiting) >= self._queue:
                 raise Unavailable(
@@ -160,41 +168,6 @@ class Engine:
     def _notify(self) -> None:
         self._wake = True
         self._changed.notify()
-
-    def _check(self, request: Generate | Prove | Embed | Unload) -> Key | None:
-        if isinstance(request, Unload):
-            return None
-        prompts = _prompts_of(request)
-        answer = request.max_tokens if isinstance(request, Generate) else 0
-        allowed = range(min(self._vocabulary, self._decoder.n_embeddings))
-        if not prompts or not all(prompts) or any(i not in allowed for prompt in prompts for i in prompt):
-            raise InvalidRequest(
-                "invalid_prompt", mark("The prompt is empty or has tokens that this base does not know.")
-            )
-        if isinstance(request, Generate) and not all(token in allowed for token in request.logit_bias):
-            raise InvalidRequest(
-                "invalid_value", mark("logit_bias has tokens that this base does not know."), param="logit_bias"
-            )
-        if isinstance(request, Generate) and answer < 1:
-            raise InvalidRequest("invalid_max_tokens", mark("max_tokens must be at least 1."), param="max_tokens")
-        longest = max(map(len, prompts))
-        if longest + answer > self._context_tokens:
-            raise InvalidRequest(
-                "context_length_exceeded",
-                mark(
-                    "{prompt} prompt tokens and up to {answer} answer tokens are more than the limit of {limit} tokens."
-                ),
-                prompt=longest,
-                answer=answer,
-                limit=self._context_tokens,
-            )
-        if isinstance(request, Embed) or request.adapter_id is None:
-            return None
-        if self._own_weights:
-            raise adapter_invalid(["this instance serves a model with weights of its own"])
-        if not request.adapter_path or not request.adapter_sha256:
-            raise adapter_invalid(["its path or sha256 is missing from the request"])
-        return Key(request.adapter_id, request.adapter_sha256)
 
     def _loop(self) -> None:
         if self._threads:
@@ -472,12 +445,6 @@ class Engine:
         for probe in list(self._probes):
             probe.ticket.fail(_engine_error())
             self._end_probe(probe)
-
-
-def _prompts_of(request: Generate | Prove | Embed) -> list[list[int]]:
-    if isinstance(request, Prove):
-        return request.prompts
-    return request.texts if isinstance(request, Embed) else [request.prompt_ids]
 
 
 def score_of(logits_V: torch.Tensor, token: int, n_top: int) -> TokenScore:

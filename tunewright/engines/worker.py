@@ -27,8 +27,10 @@ from tunewright.rendering.renderer import Renderer
 
 if TYPE_CHECKING:
     from tunewright.engines.torch import Engine
+    from tunewright.engines.vllm import VllmEngine
 
-_log = logging.getLogger("tunewright.engines.worker")
+_NAME = "tunewright.engines.worker"
+_log = logging.getLogger(_NAME)
 _WATCH_INTERVAL_S = 0.5
 _MISCONFIGURED = 78
 
@@ -40,6 +42,9 @@ def main(folder: Path) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     try:
         spec = msgspec.json.decode((folder / "spec.json").read_bytes(), type=WorkerSpec)
+        if spec.engine == "vllm" and spec.python not in (None, sys.executable):
+            # The same process goes on as one of the other environment: whoever waits for it need not know.
+            os.execv(spec.python, [spec.python, "-P", "-m", _NAME, str(folder)])
         return asyncio.run(_serve(folder, spec, parent))
     except TunewrightError as error:
         _log.error("%s", error)
@@ -53,11 +58,11 @@ async def _serve(folder: Path, spec: WorkerSpec, parent: int) -> int:
     from tunewright.engines.connections import Connections
 
     gc.disable()  # a fifth of the time that the libraries take to import
-    engine = await asyncio.to_thread(_build_engine, spec)
+    engine = await asyncio.to_thread(_build_engine, spec, folder)
     gc.collect()
     gc.freeze()  # what is there now stays: no need to look through it again
     gc.enable()
-    engine.start()
+    await asyncio.to_thread(engine.start)
     connections = Connections(engine, spec.secret)
     server = await connections.listen()
     stop = asyncio.Event()
@@ -84,8 +89,10 @@ async def _serve(folder: Path, spec: WorkerSpec, parent: int) -> int:
                 return 0
 
 
-def _build_engine(spec: WorkerSpec) -> "Engine":
+def _build_engine(spec: WorkerSpec, worker_folder: Path) -> "Engine | VllmEngine":
     folder = Path(spec.base_path)
+    if spec.engine == "vllm":
+        return _build_vllm(spec, worker_folder)
     with ThreadPoolExecutor(2) as side_by_side:  # both go on while the libraries are imported, which takes seconds
         verified = side_by_side.submit(_verify, spec)
         rendering = side_by_side.submit(Renderer, folder)
@@ -97,10 +104,7 @@ def _build_engine(spec: WorkerSpec) -> "Engine":
         spec = msgspec.structs.replace(spec, threads=use_threads(spec.threads))
         verified.result()
         renderer = rendering.result()
-        if renderer.hash != spec.renderer_hash:
-            raise Misconfigured(
-                "renderer_changed", mark("This worker would render conversations in another way than the server.")
-            )
+        _check_renderer(renderer, spec)
         weights = Path(spec.weights_path or folder)
         placement = placement_of(weights, spec.precision, spec.weights)
         decoder = load_decoder(weights, placement, spec.context_tokens, canaries(renderer))
@@ -114,6 +118,22 @@ def _build_engine(spec: WorkerSpec) -> "Engine":
         placement=placement,
         constraints=constraints,
     )
+
+
+def _build_vllm(spec: WorkerSpec, worker_folder: Path) -> "VllmEngine":
+    from tunewright.engines.vllm import VllmEngine
+
+    _verify(spec)
+    renderer = Renderer(Path(spec.base_path))
+    _check_renderer(renderer, spec)
+    return VllmEngine(spec, renderer, worker_folder)
+
+
+def _check_renderer(renderer: Renderer, spec: WorkerSpec) -> None:
+    if renderer.hash != spec.renderer_hash:
+        raise Misconfigured(
+            "renderer_changed", mark("This worker would render conversations in another way than the server.")
+        )
 
 
 def _verify(spec: WorkerSpec) -> None:
