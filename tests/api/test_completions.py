@@ -10,9 +10,11 @@ import httpx
 import pytest
 
 from tests.api.world import PREFIXES, World
+from tunewright.completions import service
 from tunewright.completions.service import CompletionService
 from tunewright.deployments.ports import Done, Generate, TokenText
 from tunewright.deployments.serving import Serving
+from tunewright.deployments.workers import engine_overloaded
 from tunewright.models.records import Base, TunedModel
 
 CHAT = "/chat/completions"
@@ -37,17 +39,22 @@ class EchoPool:
         yield Done(reason="stop", prompt_tokens=len(order.prompt_ids), completion_tokens=2, text="lo", cached_tokens=3)
 
 
-@pytest.fixture
-def served(tmp_path: Path, untrained_base: Path) -> Iterator[World]:
+def world_of(home: Path, base: Path, **settings: Any) -> World:
     """The real completion service above a stand-in for the engines."""
-    world = World(tmp_path / "home", untrained_base, max_streams_per_key=2)
+    world = World(home, base, **settings)
     platform = world.platform
     pool: Any = EchoPool()
     serving = Serving(platform.storage, platform.models, pool, platform.instances, platform.home, platform.settings)
     platform.completions = CompletionService(platform.models, serving, platform.settings, platform.metering)
     world.pool = pool  # type: ignore[attr-defined]
+    return world
+
+
+@pytest.fixture
+def served(tmp_path: Path, untrained_base: Path) -> Iterator[World]:
+    world = world_of(tmp_path / "home", untrained_base, max_streams_per_key=2)
     yield world
-    platform.storage.close()
+    world.platform.storage.close()
 
 
 async def ask(client: httpx.AsyncClient, prefix: str, content: str, **fields: Any) -> httpx.Response:
@@ -137,3 +144,31 @@ async def test_a49_a_key_has_a_limit_of_answers_under_way(served: World) -> None
         assert [(await answer).status_code for answer in waiting] == [200, 200]
         assert (await ask(client, "/v1", "hi")).json()["choices"][0]["message"]["content"] == "Hello"
         assert (await ask(other, "/v1", "hi")).status_code == 200
+
+
+async def test_a_key_that_has_used_its_tokens_waits(tmp_path: Path, untrained_base: Path) -> None:
+    world = world_of(tmp_path / "home", untrained_base, max_tokens_per_minute=60)
+    world.pool.go_on.set()  # type: ignore[attr-defined]
+    async with world.client() as client, world.client(world.other_key) as other:
+        used = (await ask(client, "/v1", "hi " * 40)).json()["usage"]["total_tokens"]
+        assert used > 60
+        for prefix, code in zip(PREFIXES, ("1303", "token_rate_exceeded"), strict=True):
+            for stream in (False, True):
+                refused = await ask(client, prefix, "hi", stream=stream)
+                assert (refused.status_code, refused.json()["error"]["code"]) == (429, code)
+                assert used - 60 <= int(refused.headers["retry-after"]) <= used - 58
+        assert (await ask(other, "/v1", "hi")).status_code == 200
+    world.platform.storage.close()
+
+
+async def test_overload_is_refused_before_anything_is_rendered(served: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(base: Base) -> None:
+        raise engine_overloaded()
+
+    monkeypatch.setattr(served.pool, "check_room", full)  # type: ignore[attr-defined]
+    monkeypatch.setattr(service, "renderer_of", None)
+    async with served.client() as client:
+        for prefix, status, code in (("/v1", 503, "engine_overloaded"), ("/api/paas/v4", 429, "1305")):
+            refused = await ask(client, prefix, "hi")
+            assert (refused.status_code, refused.json()["error"]["code"]) == (status, code)
+            assert refused.headers["retry-after"] == "1"

@@ -186,10 +186,10 @@ def test_r26_callers_who_leave_cost_nothing(server: LiveServer, cycles: int) -> 
 
 class Worker:
     """A process that does nothing, and a thread that answers in its name: `Health` always (unless `mute`), `Generate` by
-    closing the connection (`breaks`) or with an empty answer."""
+    closing the connection (`breaks`), not at all (`ponders`) or with an empty answer."""
 
     def __init__(self, home: HomeFolder, base: Base, pool: Pool) -> None:
-        self.breaks = self.mute = False
+        self.breaks = self.mute = self.ponders = False
         self.unloaded: list[str] = []
         self.asked = 0
         self._listener = socket.create_server(("127.0.0.1", 0))
@@ -217,7 +217,9 @@ class Worker:
                 request = decode_request(lines.readline())
                 self.asked += 1
                 if isinstance(request, Generate):
-                    if not self.breaks:
+                    if self.ponders:
+                        connection.recv(1)  # until the caller has had enough
+                    elif not self.breaks:
                         connection.sendall(
                             encode_line(Done(reason="stop", prompt_tokens=1, completion_tokens=0)) + b"\n"
                         )
@@ -277,6 +279,29 @@ async def test_a_broken_connection_does_not_cost_a_worker_its_life(home: HomeFol
         assert len(await answer(pool, base)) == 1
     finally:
         worker.close()
+
+
+async def test_an_answer_that_does_not_begin_in_time_is_given_up(home: HomeFolder) -> None:
+    """The worker is well, so it lives; those whom nobody waits for have no such limit."""
+    settings = Settings(home=home.root, engine_silence_limit_s=0.5, engine_start_limit_s=20, first_token_limit_s=0.2)
+    pool = Pool(home, settings, LocalRunner())
+    base = a_base(home)
+    worker = Worker(home, base, pool)
+    try:
+        worker.ponders = True
+        with pytest.raises(Unavailable, match="engine_busy"):
+            await answer(pool, base)
+        patient = msgspec.structs.replace(a_request(), priority=1)
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.6):
+                async for _ in pool.generate(base, None, patient):
+                    pass
+        worker.ponders = False
+        assert len(await answer(pool, base)) == 1
+        assert worker.process.poll() is None
+    finally:
+        worker.close()
+        pool.stop()
 
 
 async def test_want_of_descriptors_does_not_cost_a_worker_its_life(

@@ -132,7 +132,9 @@ async def test_what_could_not_begin_is_no_suspect(guard: Quarantine) -> None:
 
 def test_fingerprints() -> None:
     request = Generate(secret="s", request_id="r", prompt_ids=[1, 2], max_tokens=3)
-    same = Generate(secret="t", request_id="q", fingerprint="x", prompt_ids=[1, 2], max_tokens=3)
+    same = Generate(
+        secret="t", request_id="q", fingerprint="x", tenant="t", priority=1, prompt_ids=[1, 2], max_tokens=3
+    )
     others = [
         Generate(secret="s", request_id="r", prompt_ids=[1, 3], max_tokens=3),
         Generate(secret="s", request_id="r", prompt_ids=[1, 2], max_tokens=3, adapter_id="a"),

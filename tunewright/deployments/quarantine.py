@@ -138,6 +138,6 @@ class Quarantine:
 
 
 def fingerprint_of(base_code: str, request: Generate) -> str:
-    """Equal for requests that make a worker do the same: base, adapter, prompt and sampling."""
-    same = msgspec.structs.replace(request, secret="", request_id="", fingerprint="", priority=0)
+    """Equal for requests that make a worker do the same: base, adapter, prompt and sampling, whoever asks."""
+    same = msgspec.structs.replace(request, secret="", request_id="", fingerprint="", priority=0, tenant=None)
     return sha256(base_code.encode() + b"\0" + msgspec.json.encode(same)).hexdigest()
