@@ -7,6 +7,8 @@ import pytest
 
 from tests.live_server import LiveServer, chat_rows
 
+METRICS_TOKEN = "a token of the operator's choice"
+
 
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -19,7 +21,7 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def live_server(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Iterator[LiveServer]:
     """One server for all tests that only call it."""
-    server = LiveServer(tmp_path_factory.mktemp("live") / "home")
+    server = LiveServer(tmp_path_factory.mktemp("live") / "home", TUNEWRIGHT_METRICS_TOKEN=METRICS_TOKEN)
     server.run("models", "add", str(tiny_base), "--code", "tiny", "--embeddings", "mean")
     for alias in ("glm-4-9b", "glm-4v", "m"):
         server.run("models", "alias", alias, "tiny")

@@ -92,12 +92,12 @@ class Platform:
         self.deployments = DeploymentService(
             self.storage, self.models, self.catalogue, self.instances, self.home, settings
         )
-        serving = Serving(self.storage, self.models, self.pool, self.instances, self.home, settings)
+        self.serving = Serving(self.storage, self.models, self.pool, self.instances, self.home, settings)
         self.ledger = UsageLedger(self.storage, holder_of(self.home.root), settings.usage_kept_days)
         self.usage = UsageService(self.storage)
         self.metrics = ServingMetrics(self.ledger, settings.metrics_adapters)
         self.metering = Metering(self.ledger, self.metrics)
-        self.completions = CompletionService(self.models, serving, settings, self.metering)
+        self.completions = CompletionService(self.models, self.serving, settings, self.metering)
         self.speeches: dict[tuple[str, str], Speech] = {}
         """(dialect, kind) -> how such requests are read and answered while nobody waits; the dialects put theirs here."""
         self.batches = BatchService(self.storage, settings)

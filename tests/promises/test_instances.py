@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import httpx
 import openai
 import pytest
 import tomlkit
@@ -13,6 +14,7 @@ from openai import OpenAI
 from zhipuai import ZhipuAI
 from zhipuai.core._errors import APIRequestFailedError
 
+from tests.conftest import METRICS_TOKEN
 from tests.deployments import deploy, events, processes, undeploy, wait_for
 from tests.live_server import LiveServer, chat_rows
 
@@ -93,6 +95,16 @@ def test_a_lora_model_answers_alike_from_pool_and_instances(
     with live_server.api("/api/v1") as api:
         rows = api.get("/usage/requests", params={"model": beside["name"]}).json()["data"]
     assert rows[0]["deployment_id"] == beside["id"], "the ledger says who answered"
+    operator = {"Authorization": f"Bearer {METRICS_TOKEN}"}
+    metrics = httpx.get(f"{live_server.address}/metrics", headers=operator, trust_env=False).text
+    slots = [line for line in metrics.splitlines() if line.startswith("tunewright_engine_slots{")]
+    assert any(beside["id"] in line for line in slots), "metrics tell of instances too"
+    late = {"model": beside["name"], "messages": QUESTION, **GREEDY}
+    with live_server.api("/api/paas/v4") as api:
+        task = api.post("/async/chat/completions", json=late).json()
+        while (answer := api.get(f"/async-result/{task['id']}").json())["task_status"] == "PROCESSING":
+            time.sleep(0.1)
+    assert answer["choices"][0]["message"]["content"] == from_pool
     undeploy(live_server, beside["id"])
     assert answer_of(openai_sdk, tuned_model) == from_pool, "back to the pool"
 

@@ -57,7 +57,7 @@ class ChatSpeech(_Failures):
     def check(self, caller: Caller, body: dict[str, Any], request_id: str) -> str:
         """The model that is asked. Raises InvalidRequest, NotFound(`model_not_found`)."""
         model = self._request(body, request_id).model
-        self._platform.models.resolve(caller.project_id, model)
+        self._platform.serving.resolve(caller.project_id, model)
         return model
 
     async def answer(

@@ -32,6 +32,7 @@ from tunewright.deployments.workers import (
     engine_busy,
     engine_lost,
     engine_overloaded,
+    states_of,
     with_adapter,
 )
 from tunewright.errors import InvalidRequest, TunewrightError, Unavailable
@@ -46,7 +47,6 @@ log = structlog.get_logger()
 
 _MAX_BACKOFF_S = 30.0
 _PING_EVERY_S = 2.0
-_STATE_LIMIT_S = 1.0
 
 
 class Pool:
@@ -170,9 +170,7 @@ class Pool:
 
     async def states(self) -> list[State]:
         """What the workers say of themselves now; one that does not answer within a second is left out."""
-        asked = (worker.client.health(_STATE_LIMIT_S) for worker in list(self._workers.values()))
-        answers = await asyncio.gather(*asked, return_exceptions=True)
-        return [answer for answer in answers if isinstance(answer, State)]
+        return await states_of(list(self._workers.values()))
 
     def prove(self, base: Base, model: TunedModel) -> dict[str, Any]:
         """Load the adapter of `model` into the pool and measure its effect on the canary prompts (see jobs/ports.py).

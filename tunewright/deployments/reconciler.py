@@ -21,7 +21,7 @@ from tunewright.deployments.quarantine import Quarantine
 from tunewright.deployments.records import DEPLOYING, FAILED, LIVE, Deployment, DeploymentEvent, Reason, ReplicaRecord
 from tunewright.deployments.records import READY as ALL_READY
 from tunewright.deployments.replicas import BringUp, Replica, Up
-from tunewright.deployments.workers import Workers
+from tunewright.deployments.workers import Worker, Workers
 from tunewright.errors import TunewrightError
 from tunewright.i18n import mark
 from tunewright.ids import new_id
@@ -144,6 +144,10 @@ class Reconciler:
     def running(self, deployment_id: str) -> Running | None:
         """What is known of a deployment now; None before the loop has seen it."""
         return self._running.get(deployment_id)
+
+    def workers(self) -> list[Worker]:
+        """Of all replicas that have one now."""
+        return [replica.worker for replica in self._all_replicas() if replica.worker is not None]
 
     def retire(self, deployment_id: str) -> None:
         """End all replicas of a deployment that is undeployed (its row says so already), and the answers they give."""

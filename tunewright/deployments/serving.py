@@ -10,13 +10,13 @@ import msgspec
 
 from tunewright.clock import mono_s
 from tunewright.deployments.pool import Pool
-from tunewright.deployments.ports import Done, Embed, Generate, TokenText, Vector
+from tunewright.deployments.ports import Done, Embed, Generate, State, TokenText, Vector
 from tunewright.deployments.quarantine import Passenger, fingerprint_of
 from tunewright.deployments.reconciler import Reconciler, Running, event_of
 from tunewright.deployments.records import FAILED, RETIRED, Deployment
 from tunewright.deployments.replicas import Replica
 from tunewright.deployments.worker_client import WorkerGone, WorkerSlow
-from tunewright.deployments.workers import engine_busy, engine_lost, engine_overloaded, with_adapter
+from tunewright.deployments.workers import engine_busy, engine_lost, engine_overloaded, states_of, with_adapter
 from tunewright.errors import InvalidRequest, NotFound, TunewrightError, Unavailable
 from tunewright.i18n import mark
 from tunewright.models.records import FULL, Base, TunedModel
@@ -120,6 +120,10 @@ class Serving:
     def embed(self, target: Target, request: Embed) -> AsyncGenerator[Vector | Done, None]:
         """Vectors of texts, which the pool makes."""
         return self._pool.embed(target.base, request)
+
+    async def states(self) -> list[State]:
+        """What the workers of the pool and of all instances say of themselves now; who does not answer in time is left out."""
+        return await self._pool.states() + await states_of(self._reconciler.workers())
 
     async def _from_instance(self, deployment: Deployment, request: Generate) -> AsyncGenerator[TokenText | Done, None]:
         """A replica that dies before the first piece costs the caller nothing as long as there is another."""

@@ -14,7 +14,7 @@ import msgspec
 import structlog
 
 from tunewright.clock import mono_s
-from tunewright.deployments.ports import Generate, WorkerProcess, WorkerSpec
+from tunewright.deployments.ports import Generate, State, WorkerProcess, WorkerSpec
 from tunewright.deployments.worker_client import WorkerClient, WorkerGone, WorkerSlow
 from tunewright.errors import TunewrightError, Unavailable
 from tunewright.files_on_disk import write_atomically
@@ -30,6 +30,7 @@ _MODULE = "tunewright.engines.worker"
 _END_S = 5.0
 """From SIGTERM to SIGKILL."""
 _REAP_S = 2.0
+_STATE_LIMIT_S = 1.0
 MISCONFIGURED = 78
 """Exit code of a worker that the operator must help."""
 
@@ -165,6 +166,13 @@ class Workers:
             threading.Event().wait(0.05)
         for pid in pids:
             self._runner.kill(pid)
+
+
+async def states_of(workers: Iterable[Worker]) -> list[State]:
+    """What each says of itself now; who does not answer within a second is left out."""
+    asked = [worker.client.health(_STATE_LIMIT_S) for worker in workers]
+    answers = await asyncio.gather(*asked, return_exceptions=True)
+    return [answer for answer in answers if isinstance(answer, State)]
 
 
 def base_spec(base: Base, settings: Settings, worker_id: str) -> WorkerSpec:

@@ -21,5 +21,5 @@ async def metrics(request: Request, platform: PlatformOf) -> Response:
             "metrics_closed",
             mark("Metrics are the operator's: they take the token TUNEWRIGHT_METRICS_TOKEN, not a key."),
         )
-    text = platform.metrics.text(await platform.pool.states())
+    text = platform.metrics.text(await platform.serving.states())
     return Response(text, media_type=CONTENT_TYPE_LATEST, headers={"Cache-Control": "no-store"})
