@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install dev demo test soak check bench-train format clean
+.PHONY: help install dev demo test soak check bench-train bench-serve format clean
 
 help:           ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -33,6 +33,9 @@ soak: $(VENV)/.dev            ## The long tests
 
 bench-train: $(VENV)/.installed  ## Our trainer beside its peers; ARGS="--quick" for less
 	$(BIN)/python benchmarks/bench_train.py $(ARGS)
+
+bench-serve: $(VENV)/.installed  ## Our engine beside its peers; ARGS="--concurrent 8 32" for less
+	$(BIN)/python benchmarks/bench_serve.py $(ARGS)
 
 check: $(VENV)/.dev           ## Lint, format, types and import rules; under a minute
 	$(BIN)/ruff check .

@@ -14,8 +14,10 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import psutil
@@ -75,16 +77,32 @@ async def one_request(port: int, values: dict[str, Any]) -> tuple[float, int]:
     raise RuntimeError("the worker closed the connection")
 
 
-async def run(port: int, process: psutil.Process, vocabulary: int, n: int, adapters: list[dict[str, str]]) -> str:
-    """One line of the table."""
-    rng = random.Random(n)
+class Figures(NamedTuple):
+    """Of one run: output tokens by the clock and by the worker's processor time, and its memory at the end."""
+
+    tokens_per_s: float
+    tokens_per_cpu_s: float
+    ttft_ms: float
+    rss_mb: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.tokens_per_s:7.1f} tok/s {self.tokens_per_cpu_s:7.1f} tok/CPU-s  TTFT p50 {self.ttft_ms:7.0f} ms  "
+            f"RSS {self.rss_mb:6.0f} MB"
+        )
+
+
+def prompts(n: int, adapters: int, vocabulary: int) -> list[list[int]]:
+    """Those of a run of n requests; peers get the same. Other runs have others: nothing is to be remembered."""
+    rng = random.Random(1000 * n + adapters)
+    return [[rng.randrange(100, vocabulary) for _ in range(PROMPT_TOKENS)] for _ in range(n)]
+
+
+async def run(port: int, process: psutil.Process, vocabulary: int, n: int, adapters: list[dict[str, str]]) -> Figures:
+    """n requests at once, spread over the adapters; without any, all to the base."""
     requests: list[dict[str, Any]] = [
-        {
-            "prompt_ids": [rng.randrange(100, vocabulary) for _ in range(PROMPT_TOKENS)],
-            "max_tokens": NEW_TOKENS,
-            **(adapters[i % len(adapters)] if adapters else {}),
-        }
-        for i in range(n)
+        {"prompt_ids": prompt, "max_tokens": NEW_TOKENS, **(adapters[i % len(adapters)] if adapters else {})}
+        for i, prompt in enumerate(prompts(n, len(adapters), vocabulary))
     ]
     began, busy = time.perf_counter(), sum(process.cpu_times()[:2])
     results = await asyncio.gather(*(one_request(port, values) for values in requests))
@@ -92,10 +110,37 @@ async def run(port: int, process: psutil.Process, vocabulary: int, n: int, adapt
     busy_s = sum(process.cpu_times()[:2]) - busy
     tokens = sum(count for _, count in results)
     ttft_ms = 1000 * statistics.median(first_s for first_s, _ in results)
-    what = f"{len(adapters)} adapters" if adapters else "base only"
-    speed = f"{tokens / elapsed_s:7.1f} tok/s {tokens / busy_s:7.1f} tok/CPU-s"
-    held = f"RSS {process.memory_info().rss / 1e6:6.0f} MB"
-    return f"{what:<12} {n:>3} concurrent  {speed}  TTFT p50 {ttft_ms:7.0f} ms  {held}"
+    return Figures(tokens / elapsed_s, tokens / busy_s, ttft_ms, process.memory_info().rss / 1e6)
+
+
+@contextmanager
+def worker_with(model: Path, adapters: int, **changes: Any) -> Iterator[tuple[WorkerRun, list[dict[str, str]]]]:
+    """A worker and the adapter fields of requests to so many adapters."""
+    with tempfile.TemporaryDirectory() as folder:
+        written = [write_adapter(model, Path(folder) / f"a{seed}", seed) for seed in range(adapters)]
+        spec = worker_spec(
+            model, base_code=BASE_CODE, adapters=max(1, adapters), queue=256, context_tokens=1024, **changes
+        )
+        worker = WorkerRun(Path(folder) / "worker", spec).start()
+        try:
+            yield worker, written
+        finally:
+            worker.kill()
+
+
+def process_of(worker: WorkerRun) -> psutil.Process:
+    """For its processor time and memory."""
+    return psutil.Process(worker.process.pid if worker.process else None)
+
+
+def load(worker: WorkerRun, adapters: list[dict[str, str]]) -> None:
+    """Have the worker load adapters; without any, warm up."""
+    for values in adapters or [{}]:
+        asyncio.run(one_request(worker.port, {"prompt_ids": [100] * 8, "max_tokens": 2, **values}))
+
+
+def vocabulary_of(model: Path) -> int:
+    return json.loads((model / "config.json").read_text())["vocab_size"]
 
 
 def main() -> None:
@@ -110,40 +155,30 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.core is not None:
         os.sched_setaffinity(0, {arguments.core})
-    with tempfile.TemporaryDirectory() as folder:
-        most = max(arguments.adapters)
-        adapters = [write_adapter(arguments.model, Path(folder) / f"a{seed}", seed) for seed in range(most)]
-        spec = worker_spec(
-            arguments.model, base_code=BASE_CODE, threads=arguments.threads, slots=max(arguments.concurrent),
-            adapters=most, queue=256, context_tokens=1024, precision=arguments.precision, weights=arguments.weights,
-        )  # fmt: skip
-        worker = WorkerRun(Path(folder) / "worker", spec).start()
-        try:
-            measure(worker, adapters, arguments)
-        finally:
-            worker.kill()
+    with worker_with(
+        arguments.model, max(arguments.adapters), threads=arguments.threads, slots=max(arguments.concurrent),
+        precision=arguments.precision, weights=arguments.weights,
+    ) as (worker, adapters):  # fmt: skip
+        measure(worker, adapters, arguments)
 
 
 def measure(worker: WorkerRun, adapters: list[dict[str, str]], arguments: argparse.Namespace) -> None:
     """Print the table."""
-    process = psutil.Process(worker.process.pid if worker.process else None)
-    vocabulary = json.loads((arguments.model / "config.json").read_text())["vocab_size"]
-    warm: dict[str, Any] = {"prompt_ids": [100] * 8, "max_tokens": 2}
-    asyncio.run(one_request(worker.port, warm))
-    before = process.memory_info().rss
+    process, vocabulary = process_of(worker), vocabulary_of(arguments.model)
+    load(worker, [])
     print("".join(line for line in worker.log().splitlines(True) if " INFO " in line), end="")
-    print(f"worker ready in {worker.start_s:.1f} s, RSS {before / 1e6:.0f} MB")
+    print(f"worker ready in {worker.start_s:.1f} s, RSS {process.memory_info().rss / 1e6:.0f} MB")
     for n in arguments.concurrent:
-        print(asyncio.run(run(worker.port, process, vocabulary, n, [])), flush=True)
+        print(f"base only    {n:>3} concurrent {asyncio.run(run(worker.port, process, vocabulary, n, []))}", flush=True)
     before = process.memory_info().rss
-    for values in adapters:
-        asyncio.run(one_request(worker.port, {**warm, **values}))
+    load(worker, adapters)
     size = (Path(adapters[0]["adapter_path"]) / "adapter_model.safetensors").stat().st_size
     each = (process.memory_info().rss - before) / len(adapters)
     print(f"an adapter takes {each / 1e6:.1f} MB, {each / size:.2f} times its file of {size / 1e6:.1f} MB")
     for count in arguments.adapters:
         for n in arguments.concurrent:
-            print(asyncio.run(run(worker.port, process, vocabulary, n, adapters[:count])), flush=True)
+            figures = asyncio.run(run(worker.port, process, vocabulary, n, adapters[:count]))
+            print(f"{count:>2} adapters  {n:>3} concurrent {figures}", flush=True)
 
 
 if __name__ == "__main__":
