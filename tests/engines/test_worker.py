@@ -43,8 +43,11 @@ from tunewright.deployments.ports import (
     encode_line,
 )
 from tunewright.deployments.worker_client import WorkerClient
+from tunewright.deployments.workers import base_spec
+from tunewright.models.records import Base, Source
 from tunewright.models.whole_models import seal
 from tunewright.rendering.renderer import Renderer
+from tunewright.settings import Settings
 
 
 @pytest.fixture(scope="module")
@@ -280,6 +283,14 @@ def test_changed_weights_of_its_own_are_not_served(
         own_weights["renderer_hash"] = "0" * 64
     code = "renderer_changed" if fault == "renderer" else "model_files_changed"
     assert code in fails_with(tmp_path / "worker", tiny_base, **own_weights)
+
+
+def test_the_server_asks_for_the_engine_of_its_settings(tiny_base: Path, tmp_path: Path) -> None:
+    base = Base(code="tiny", name="T", source=Source(kind="folder"), licence="x", context_tokens=99, path=tiny_base)
+    ours = base_spec(base, Settings(home=tmp_path), "w")
+    assert (ours.engine, ours.python, ours.store_path) == ("torch", None, str(tmp_path / "adapters"))
+    other = base_spec(base, Settings(home=tmp_path, engine="vllm", vllm_python=Path("/opt/vllm/bin/python")), "w")
+    assert (other.engine, other.python) == ("vllm", "/opt/vllm/bin/python")
 
 
 def test_without_vllm_its_engine_does_not_start(tiny_base: Path, tmp_path: Path) -> None:
