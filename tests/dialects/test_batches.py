@@ -143,7 +143,7 @@ def test_zhipu_reads_its_batches_and_the_input_goes(zhipu: ZhipuAI) -> None:
     assert file.id not in gone
 
 
-def test_lists_end_with_an_empty_page(client: OpenAI, zhipu: ZhipuAI) -> None:
+def test_lists_end_with_an_empty_page(client: OpenAI, zhipu: ZhipuAI, live_server: LiveServer) -> None:
     file = client.files.create(file=jsonl([row(1)]), purpose="batch")
     made = [
         client.batches.create(
@@ -154,6 +154,9 @@ def test_lists_end_with_an_empty_page(client: OpenAI, zhipu: ZhipuAI) -> None:
     listed = [batch.id for batch in client.batches.list(limit=2)]
     assert set(made) <= set(listed) and len(listed) == len(set(listed))
     assert [batch.id for batch in zhipu.batches.list(limit=2)] == listed
+    address = f"{live_server.address}/v1"
+    with OpenAI(api_key=live_server.key, base_url=address, _strict_response_validation=True) as strict:
+        assert [batch.id for batch in strict.batches.list(limit=2)] == listed
     for batch_id in made:
         ended(client, batch_id)
 
