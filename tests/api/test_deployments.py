@@ -62,6 +62,7 @@ async def test_the_life_of_a_deployment(api: httpx.AsyncClient, calm: World) -> 
     }  # fmt: skip
     assert made["memory"]["source"] == "estimated" and made["memory"]["replica_bytes"] > 0 and made["proof"] is None
     one = (await api.get(f"{ROUTE}/{made['id']}")).json()
+    assert 0 < made["memory"]["free_bytes"] < calm.settings.memory_bytes - 2 * made["memory"]["replica_bytes"]
     assert one == made and (await api.get(ROUTE)).json()["data"] == [made]
 
     changed = await api.patch(f"{ROUTE}/{made['id']}", json={"replicas": 3, "idle_minutes": None})
@@ -77,6 +78,17 @@ async def test_the_life_of_a_deployment(api: httpx.AsyncClient, calm: World) -> 
     for path in ("", "/events"):
         assert (await api.get(f"{ROUTE}/{made['id']}{path}")).json()["error"]["code"] == "deployment_not_found"
     assert (await api.get(ROUTE)).json()["data"] == []
+
+
+@pytest.mark.parametrize("prefix", ["/v1", "/api/paas/v4"])
+async def test_lists_of_models_show_the_names_to_call(api: httpx.AsyncClient, calm: World, prefix: str) -> None:
+    await api.post(ROUTE, json={"model": "tiny", "name": "mine"})
+    shown = {each["id"]: each for each in (await api.get(f"{prefix}/models")).json()["data"]}
+    assert shown["mine"]["parent"] == "tiny"
+    assert (await api.get(f"{prefix}/models/mine")).json() == shown["mine"]
+    assert (await api.get(f"{prefix}/models/other")).status_code == 404
+    async with calm.client(calm.other_key) as stranger:
+        assert (await stranger.get(f"{prefix}/models/mine")).status_code == 404
 
 
 async def test_replicas_are_shown_with_their_reasons(api: httpx.AsyncClient, calm: World) -> None:

@@ -8,17 +8,25 @@ from tunewright.api.auth import CallerOf
 from tunewright.api.body import router_at
 from tunewright.api.lists import page
 from tunewright.api.renderings import deleted_model, model_object
-from tunewright.api.services import ModelsOf
+from tunewright.api.services import DeploymentsOf, ModelsOf
+from tunewright.errors import NotFound
 
 
-def list_models(caller: CallerOf, models: ModelsOf) -> Json:
-    """The bases on this machine and the project's own models; one page."""
-    return Json(page(models.list(caller.project_id), False, model_object))
+def list_models(caller: CallerOf, models: ModelsOf, deployments: DeploymentsOf) -> Json:
+    """The bases on this machine, the project's own models and what it has deployed, by the names to call; one page."""
+    found = [*models.list(caller.project_id), *deployments.cards(caller.project_id)]
+    return Json(page(found, False, model_object))
 
 
-def retrieve(name: str, caller: CallerOf, models: ModelsOf) -> Json:
-    """One model."""
-    return Json(model_object(models.card(caller.project_id, name)))
+def retrieve(name: str, caller: CallerOf, models: ModelsOf, deployments: DeploymentsOf) -> Json:
+    """One model, or one deployment by its name."""
+    try:
+        card = models.card(caller.project_id, name)
+    except NotFound:
+        card = next((each for each in deployments.cards(caller.project_id) if each.id == name), None)
+        if card is None:
+            raise
+    return Json(model_object(card))
 
 
 def delete(request: Request, name: str, caller: CallerOf, models: ModelsOf) -> Json:

@@ -18,7 +18,7 @@ from tunewright.ids import new_id, random_text
 from tunewright.jobs.line import gigabytes
 from tunewright.models.catalogue import Catalogue
 from tunewright.models.records import FULL
-from tunewright.models.service import ModelService, Resolved
+from tunewright.models.service import Card, ModelService, Resolved
 from tunewright.settings import HomeFolder, Settings
 
 if TYPE_CHECKING:
@@ -42,9 +42,10 @@ class NewDeployment(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Shown(msgspec.Struct, frozen=True, kw_only=True):
-    """A deployment with what only the running server knows: the memory that each replica holds now."""
+    """A deployment with what only the running server knows: the memory that each replica holds now, and what is free for more."""
 
     deployment: Deployment
+    free_bytes: int
     held_bytes: dict[int, int] = {}
     """Replica number -> bytes."""
 
@@ -80,14 +81,14 @@ class DeploymentService:
         """
         with self._storage.read() as tx:  # one that was made before needs nothing of what is checked below
             if (earlier := _earlier(tx, project_id, idempotency)) is not None:
-                return self._shown(earlier)
+                return self._shown(tx, earlier)
         resolved = self._models.resolve(project_id, wanted.model)
         self._check(wanted, resolved)
         base, tuned = resolved.base, resolved.tuned
         model = base.code if tuned is None else tuned.name
         with self._storage.write() as tx:
             if (earlier := _earlier(tx, project_id, idempotency)) is not None:
-                return self._shown(earlier)
+                return self._shown(tx, earlier)
             self._check_others(tx, project_id, wanted.name, model, tuned is not None)
             measured = tx.deployments.measured(project_id, model, wanted.merge)
             need = self._estimate(resolved) if measured is None else measured
@@ -113,19 +114,26 @@ class DeploymentService:
             )
             if idempotency is not None:
                 remember(tx, project_id, _ROUTE, idempotency, deployment.id)
+            shown = self._shown(tx, deployment)
         self._reconciler.expect(deployment)
-        return self._shown(deployment)
+        return msgspec.structs.replace(shown, free_bytes=shown.free_bytes - deployment.wanted * need)
 
     def list(self, project_id: str, *, after: str | None, limit: int) -> tuple[builtins.list[Shown], bool]:
         """Newest first, and whether there are more. Raises InvalidRequest (`invalid_cursor`)."""
         with self._storage.read() as tx:
             found = tx.deployments.list(project_id, after=after, limit=limit + 1)
-        return [self._shown(each) for each in found[:limit]], len(found) > limit
+            return self._all_shown(tx, found[:limit]), len(found) > limit
+
+    def cards(self, project_id: str) -> builtins.list[Card]:
+        """What a list of models shows of the deployments: under the name of each, its model as the parent."""
+        with self._storage.read() as tx:
+            found = tx.deployments.list(project_id, after=None, limit=MOST_DEPLOYMENTS)
+        return [Card(id=d.name, created=d.created_at, owned_by=d.project_id, parent=d.model) for d in found]
 
     def get(self, project_id: str, deployment_id: str) -> Shown:
         """Raises NotFound (`deployment_not_found`)."""
         with self._storage.read() as tx:
-            return self._shown(_live(tx, project_id, deployment_id))
+            return self._shown(tx, _live(tx, project_id, deployment_id))
 
     def update(self, project_id: str, deployment_id: str, changes: dict[str, Any]) -> Shown:
         """`changes` may hold `replicas` and `idle_minutes` (None: it never sleeps).
@@ -149,7 +157,7 @@ class DeploymentService:
                 text = mark("{replicas} replicas are wanted.")
                 tx.deployments.add_event(event_of(deployment, "scaled", text, replicas=replicas))
         self._reconciler.expect(changed)
-        return self._shown(changed)
+        return self.get(project_id, deployment_id)
 
     def undeploy(self, project_id: str, deployment_id: str) -> None:
         """It can't be called from now on, and answers under way end. The same again changes nothing.
@@ -242,10 +250,18 @@ class DeploymentService:
             context_tokens=min(base.context_tokens, self._settings.engine_context_tokens),
         )
 
-    def _shown(self, deployment: Deployment) -> Shown:
-        running = self._reconciler.running(deployment.id)
-        held = {} if running is None else {each.record.number: each.memory_bytes for each in list(running.replicas)}
-        return Shown(deployment=deployment, held_bytes=held)
+    def _shown(self, tx: "Transaction", deployment: Deployment) -> Shown:
+        return self._all_shown(tx, [deployment])[0]
+
+    def _all_shown(self, tx: "Transaction", deployments: builtins.list[Deployment]) -> builtins.list[Shown]:
+        free_bytes = max(0, self._reconciler.left_bytes(tx)) if deployments else 0
+        shown = []
+        for deployment in deployments:
+            running = self._reconciler.running(deployment.id)
+            replicas = [] if running is None else list(running.replicas)
+            held = {each.record.number: each.memory_bytes for each in replicas}
+            shown.append(Shown(deployment=deployment, free_bytes=free_bytes, held_bytes=held))
+        return shown
 
 
 def _earlier(tx: "Transaction", project_id: str, idempotency: IdempotencyKey | None) -> Deployment | None:

@@ -156,7 +156,11 @@ def _shown(request: Request, shown: Shown) -> dict[str, Any]:
         ],
         "reason": _reason_object(deployment.reason, language),
         "idle_minutes": deployment.idle_minutes,
-        "memory": {"replica_bytes": deployment.memory_bytes, "source": deployment.memory_source},
+        "memory": {
+            "replica_bytes": deployment.memory_bytes,
+            "source": deployment.memory_source,
+            "free_bytes": shown.free_bytes,
+        },
         "proof": deployment.proof or None,
         "created_at": deployment.created_at,
         "ready_at": deployment.ready_at,
