@@ -15,7 +15,9 @@ from tunewright.completions.service import CompletionService
 from tunewright.deployments.ports import Done, Generate, TokenText
 from tunewright.deployments.serving import Serving
 from tunewright.deployments.workers import engine_overloaded
+from tunewright.engines.adapter_files import adapter_invalid
 from tunewright.models.records import Base, TunedModel
+from tunewright.rendering.renderer import renderer_of
 
 CHAT = "/chat/completions"
 
@@ -128,6 +130,38 @@ async def test_a_project_is_the_tenant_of_what_its_keys_ask(served: World) -> No
     tenants = [order.tenant for order in served.pool.orders]  # type: ignore[attr-defined]
     assert tenants[:2] == [served.project_id] * 2
     assert tenants[2] == tenants[3] not in (served.project_id, None)
+
+
+async def test_r23_a_damaged_adapter_is_a_conflict_and_one_of_a_deleted_model_is_none(served: World) -> None:
+    """What the engine says of the files is told; 409, except where the dialect has no such status."""
+    renderer = renderer_of(served.platform.catalogue.find("tiny").path)  # type: ignore[union-attr, arg-type]
+    name = "tiny:1234567890:s:abcdefgh"
+    model = TunedModel(
+        id="model-1", project_id=served.project_id, name=name, base_code="tiny", job_id="j", created_at=1, status="ready",
+        renderer_hash=renderer.hash, proof={"tensors": 1},
+    )  # fmt: skip
+    with served.platform.storage.write() as tx:
+        tx.models.insert(model)
+
+    async def refuse(base: Base, tuned: TunedModel | None, order: Generate) -> AsyncGenerator[TokenText | Done, None]:
+        raise adapter_invalid(["its sha256 differs"])
+        yield  # a generator, as the pool's
+
+    served.pool.generate = refuse  # type: ignore[attr-defined]
+    async with served.client() as client:
+        for prefix in PREFIXES:
+            answer = await ask(client, prefix, "hi", model=name)
+            error = answer.json()["error"]
+            assert (answer.status_code, error.get("reason", error["code"])) == (
+                409 if prefix == "/v1" else 400,
+                "adapter_invalid",
+            )
+            assert "sha256 differs" in error["message"] and error["param"] == "model"
+            if prefix == "/v1":
+                assert answer.headers["x-should-retry"] == "false"
+        with served.platform.storage.write() as tx:
+            tx.models.change(model, status="deleted", deleted_at=2)
+        assert (await ask(client, "/v1", "hi", model=name)).json()["error"]["code"] == "model_not_found"
 
 
 async def test_a49_a_key_has_a_limit_of_answers_under_way(served: World) -> None:

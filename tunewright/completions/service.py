@@ -103,7 +103,8 @@ class CompletionService:
         choice: int,
         meter: Meter,
     ) -> AsyncGenerator[TokenText | Done, None]:
-        """What the engine says. An adapter that can't be loaded because its model was just deleted is a model not found."""
+        """What the engine says. An adapter that can't be loaded because its model was just deleted is a model not found; one
+        whose files are not what was published is the server's affair, a Conflict(`adapter_invalid`)."""
         tokens = 0
         try:
             generate = self._patiently if request.priority else self._serving.generate
@@ -115,6 +116,8 @@ class CompletionService:
         except InvalidRequest as error:
             if target.tuned is not None and error.code == "adapter_invalid":
                 await asyncio.to_thread(self._models.resolve, caller.project_id, request.model)
+                values: dict[str, Any] = dict(error.values)
+                raise Conflict(error.code, error.message, param="model", **values) from error
             raise
         finally:
             if not request.priority:

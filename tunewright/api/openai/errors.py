@@ -17,7 +17,8 @@ def envelope(row: Row, error: TunewrightError, language: str, request_id: str) -
 
 def _rows_refused(error: TunewrightError, language: str) -> dict[str, Any]:
     """For a refused data file: the first problems, each with its place, and how many there are of every code."""
-    if "problems" not in error.values:
+    found = error.values.get("problems")
+    if not isinstance(found, list | tuple):  # an adapter's problems are words of the sentence
         return {}
     problems = [
         {
@@ -26,7 +27,7 @@ def _rows_refused(error: TunewrightError, language: str) -> dict[str, Any]:
             "pointer": problem.get("pointer"),
             "message": translate(problem["message"], language, **problem.get("values", {})),
         }
-        for problem in error.values["problems"]  # type: ignore[attr-defined]
+        for problem in found
     ]
     return {"problems": problems, "total": error.values.get("total"), "counts": error.values.get("counts")}
 
