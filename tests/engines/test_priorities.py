@@ -28,10 +28,13 @@ class Slow:
         self.prepare = inner.prepare
         self.states = inner.states
         self.steps = 0
+        self.shapes: list[tuple[int, int]] = []
+        """Of each step, how many rows decoded and how many prompts were read."""
 
     def logits(self, batch: Batch, cache: SlotCache) -> torch.Tensor:
         time.sleep(0.005)
         self.steps += 1
+        self.shapes.append((len(batch.lengths), len(batch.chunks)))
         return self._inner.logits(batch, cache)
 
 
@@ -103,3 +106,31 @@ def test_the_lowest_priority_begins_last(tiny_decoder: Decoder, engine_of: Facto
     while len(ends) < 5 and time.monotonic() < deadline:
         time.sleep(0.01)
     assert ends[-3:] == [2, 2, 2] and sorted(ends) == [1, 1, 2, 2, 2], ends
+
+
+def test_background_answers_pause_while_an_urgent_prompt_is_read(
+    tiny_decoder: Decoder, reference: Reference, renderer: Renderer, engine_of: Factory
+) -> None:
+    """Also beside an urgent answer, which goes on."""
+    rng = random.Random(4)
+    slow = Slow(tiny_decoder)
+    engine = engine_of(slow, SMALL_STEPS, slots=4, adapters=1, queue=100)
+
+    def ask(n_prompt: int, n: int, priority: int) -> tuple[Call, list[int], int]:
+        prompt = [rng.randrange(3, renderer.vocabulary_size) for _ in range(n_prompt)]
+        return Call(engine, generate_request(prompt_ids=prompt, max_tokens=n, priority=priority)), prompt, n
+
+    calls = [ask(4, 100, 2) for _ in range(3)]
+    wait_until(lambda: (3, 0) in slow.shapes)
+    calls.append(ask(4, 60, 0))
+    wait_until(lambda: (4, 0) in slow.shapes)
+    seen = len(slow.shapes)
+    calls.append(ask(PROMPT, 3, 0))
+    answers = [(call, call.last(), prompt, n) for call, prompt, n in calls]
+    assert (1, 1) in slow.shapes[seen:], "one urgent row decoded while the prompt was read, and no other"
+    yielded = [done.code for _, done, _, _ in answers if isinstance(done, Trouble)]
+    assert yielded == ["engine_yielded"], "the one that made room"
+    for call, done, prompt, n in answers:
+        if isinstance(done, Done):
+            answer = (call.text, done.completion_tokens, done.reason)
+            assert answer == expected(reference, renderer, None, prompt, n, frozenset())
