@@ -7,9 +7,9 @@ import os
 
 from tunewright import cli
 from tunewright.api import streaming
-from tunewright.deployments import pool
+from tunewright.deployments import workers
 
 if __name__ == "__main__":
-    pool._WORKER_MODULE = "tests.fake_worker"
+    workers._MODULE = "tests.fake_worker"
     streaming.STALL_LIMIT_S = float(os.environ.get("FAKE_STALL_LIMIT_S", streaming.STALL_LIMIT_S))
     cli.main()

@@ -139,6 +139,7 @@ class Reconciler:
         if self._thread is not None:
             self._thread.join(5.0)
             self._thread = None
+            self._lease.release()
         self._workers.end_in(path for path in self._home.workers.glob("dep-*/*") if path.is_dir())
 
     def running(self, deployment_id: str) -> Running | None:
@@ -349,8 +350,9 @@ class Reconciler:
         def bring_up() -> None:
             outcome = self._bring_up.run(replica, deployment, adopt=adopt)
             replica.outcome = outcome
-            if replica.ended:
+            if replica.ended:  # while it started; what it made meanwhile goes too
                 self._end(replica)
+                shutil.rmtree(replica.folder.parent if running.retired else replica.folder, ignore_errors=True)
             self.wake()
 
         threading.Thread(target=bring_up, name=f"start-{deployment.id}", daemon=True).start()

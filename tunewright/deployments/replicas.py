@@ -156,6 +156,8 @@ class BringUp:
         resolved = self._models.resolve(deployment.project_id, deployment.model)
         base, tuned = resolved.base, resolved.tuned
         spec, proof = self._wanted(deployment, replica.record.number, base, tuned)
+        if replica.ended:
+            raise StartFailed(slow=False, exit_code=None)
         found = self._workers.find(replica.folder) if adopt else None
         worker = self._workers.start(replica.folder, spec) if found is None else found[0]
         replica.worker = worker
