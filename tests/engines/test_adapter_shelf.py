@@ -110,3 +110,13 @@ def test_nobody_starves(seed: int) -> None:
         assert len(shelf.ids()) + len(loading) <= 2
     assert not waiting
     assert longest_wait < 150
+
+
+def test_what_stands_in_the_way_is_counted() -> None:
+    shelf = shelf_with(2, A, B)
+    assert shelf.lacks({A, B}) == 0 and shelf.lacks({C}) == 0, "an idle one goes"
+    shelf.take(A)
+    assert (shelf.lacks({C}), shelf.lacks({C, D}), shelf.lacks({B, C})) == (0, 1, 1)
+    shelf.take(B)
+    assert (shelf.lacks(set()), shelf.lacks({C}), shelf.lacks({A, C})) == (0, 1, 1)
+    assert shelf_with(3, A).lacks({B, C}) == 0

@@ -134,3 +134,22 @@ def test_background_answers_pause_while_an_urgent_prompt_is_read(
         if isinstance(done, Done):
             answer = (call.text, done.completion_tokens, done.reason)
             assert answer == expected(reference, renderer, None, prompt, n, frozenset())
+
+
+def test_an_urgent_adapter_does_not_wait_for_one_of_background(
+    tiny_decoder: Decoder, adapters: list[Path], reference: Reference, renderer: Renderer, engine_of: Factory
+) -> None:
+    """There is a place for one adapter, and background work uses it."""
+    slow = Slow(tiny_decoder)
+    engine = engine_of(slow, SMALL_STEPS, slots=4, adapters=1, queue=100)
+    ours, theirs = request_values(adapters[1]), request_values(adapters[0])
+    background = [
+        Call(engine, generate_request(prompt_ids=[5, 6, n], max_tokens=200, priority=2, **theirs)) for n in (7, 8)
+    ]
+    wait_until(lambda: (2, 0) in slow.shapes)
+    urgent = Call(engine, generate_request(prompt_ids=[9, 10], max_tokens=5, **ours))
+    assert isinstance(urgent.last(), Done)
+    assert urgent.text == expected(reference, renderer, adapters[1], [9, 10], 5, frozenset())[0]
+    for call in background:
+        trouble = call.last()
+        assert isinstance(trouble, Trouble) and trouble.code == "engine_yielded"

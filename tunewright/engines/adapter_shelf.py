@@ -1,6 +1,6 @@
 """Which adapters are in memory, who waits for one, and who goes when room is needed. No torch: pure decisions."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, NamedTuple, TypeVar
 
@@ -53,6 +53,12 @@ class AdapterShelf(Generic[Held]):
     def ids(self) -> list[str]:
         """Ids of the adapters in memory, sorted."""
         return sorted(key.adapter_id for key in list(self._places))
+
+    def lacks(self, keys: Collection[Key]) -> int:
+        """How many adapters in use have to be let go before all of `keys` can be held."""
+        missing = sum(key not in self._places and key not in self._loading for key in keys)
+        idle = sum(not place.users and key not in keys for key, place in self._places.items())
+        return max(0, missing - idle - (self._capacity - len(self._places) - len(self._loading)))
 
     def decide(self, wants: Sequence[Want], free_slots: int) -> Decision:
         """What to do for the waiting requests, oldest first. Changes nothing by itself."""

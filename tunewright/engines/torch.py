@@ -232,21 +232,38 @@ class Engine:
         return any(not row.ticket.priority for row in reading) or any(not ticket.priority for ticket in waiting)
 
     def _make_way(self) -> None:
-        """Take from work of low priority what requests that somebody waits for need: the turn of its prompts, and slots."""
+        """Take from work of low priority what requests that somebody waits for need: the turn of its prompts, slots, and
+        places of adapters."""
         with self._changed:
-            wanted = sum(not t.priority and isinstance(t.request, Generate) and not t.closed for t in self._waiting)
-        if not wanted:
+            urgent = [t for t in self._waiting if not t.priority and isinstance(t.request, Generate) and not t.closed]
+        if not urgent:
             return
         back = self._running.to_put_back()
         for row in back:
             self._end(row)
         with self._changed:
             self._waiting = sorted([*self._waiting, *(row.ticket for row in back)], key=lambda ticket: ticket.number)
-        for row in self._running.to_give_up(wanted - (self._slots - len(self._running.rows))):
-            row.ticket.fail(
-                Unavailable("engine_yielded", mark("The engine had to make room for more urgent requests; try again."))
-            )
-            self._end(row)
+        for row in self._running.to_give_up(len(urgent) - (self._slots - len(self._running.rows))):
+            self._give_up(row)
+        self._give_up_adapters({ticket.key for ticket in urgent if ticket.key})
+
+    def _give_up_adapters(self, wanted: set[Key]) -> None:
+        """End rows of low priority whose adapters are in the way of those that are wanted."""
+        lacking = self._shelf.lacks(wanted)
+        users: dict[Key, list[Row]] = {}
+        for row in self._running.rows if lacking else ():
+            if row.ticket.key:
+                users.setdefault(row.ticket.key, []).append(row)
+        for key, rows in users.items():
+            if lacking > 0 and key not in wanted and all(row.ticket.priority for row in rows):
+                lacking -= 1
+                for row in rows:
+                    self._give_up(row)
+
+    def _give_up(self, row: Row) -> None:
+        sentence = mark("The engine had to make room for more urgent requests; try again.")
+        row.ticket.fail(Unavailable("engine_yielded", sentence))
+        self._end(row)
 
     def _unload(self, waiting: list[Ticket]) -> dict[str, int]:
         """Forget adapters whose users have all ended; returns adapter id -> number of the `Unload` that still waits.
