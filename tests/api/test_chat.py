@@ -95,9 +95,10 @@ async def test_where_a_stream_puts_the_usage(client: httpx.AsyncClient, prefix: 
     assert all(chunk["object"] == "chat.completion.chunk" for chunk in chunks)
     assert len({chunk["id"] for chunk in chunks}) == 1
     with_choices = [chunk for chunk in chunks if chunk["choices"]]
-    assert all(chunk["choices"][0]["delta"]["role"] == "assistant" for chunk in with_choices)
+    roles = [chunk["choices"][0]["delta"].get("role") for chunk in with_choices]
+    assert roles == ["assistant", None, None] if prefix == "/v1" else ["assistant"] * 3
     assert [chunk["choices"][0]["finish_reason"] for chunk in with_choices] == [None, None, "stop"]
-    assert "".join(chunk["choices"][0]["delta"]["content"] for chunk in with_choices) == "Hello 你\u2028"
+    assert "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in with_choices) == "Hello 你\u2028"
     on_finish = bool(with_choices[-1].get("usage"))
     extra = [chunk for chunk in chunks if not chunk["choices"]]
     assert on_finish == (prefix == "/api/paas/v4")
@@ -273,7 +274,7 @@ async def test_several_choices_come_whole(world: World, client: httpx.AsyncClien
 
 
 def test_frames_of_several_choices_end_with_the_last() -> None:
-    writer = ChunkWriter("m", {}, usage_with_finish=False, usage_chunk=True)
+    writer = ChunkWriter("m", {}, usage_with_finish=False, usage_chunk=True, role_once=True)
     usage = Usage(prompt_tokens=3, completion_tokens=4)
     text = b"".join(
         writer.frames(delta)
@@ -288,6 +289,8 @@ def test_frames_of_several_choices_end_with_the_last() -> None:
     assert done == "[DONE]" and text.count("[DONE]") == 1
     found = [json.loads(chunk) for chunk in chunks]
     assert [chunk["choices"][0]["index"] for chunk in found[:-1]] == [1, 0, 1, 0]
+    roles = [{"role": "assistant", "content": "a"}, {"role": "assistant", "content": "b"}, {}, {}]
+    assert [chunk["choices"][0]["delta"] for chunk in found[:-1]] == roles
     assert found[-1]["choices"] == [] and found[-1]["usage"]["total_tokens"] == 7
 
 

@@ -115,7 +115,7 @@ def streamed(renderer: Renderer, ids: list[int], cuts: list[int]) -> list[Piece]
 
 def accumulated(pieces: list[Piece]) -> Any:
     """The message that the SDK makes of the stream."""
-    writer = ChunkWriter("m", {}, usage_with_finish=False, usage_chunk=False)
+    writer = ChunkWriter("m", {}, usage_with_finish=False, usage_chunk=False, role_once=True)
     state = ChatCompletionStreamState()
     for piece in pieces:
         if isinstance(piece, CallPiece):
@@ -124,7 +124,9 @@ def accumulated(pieces: list[Piece]) -> Any:
             delta = (TextDelta if isinstance(piece, TextPiece) else ReasoningDelta)(text=piece.text)
         feed(state, writer.frames(delta))
     feed(state, writer.frames(Finish(reason="tool_calls", usage=Usage(prompt_tokens=1, completion_tokens=1))))
-    return state.get_final_completion().choices[0].message
+    message = state.get_final_completion().choices[0].message
+    assert message.role == "assistant", "the SDK adds up texts, roles too"
+    return message
 
 
 def feed(state: Any, frames: bytes) -> None:

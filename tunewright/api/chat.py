@@ -319,10 +319,13 @@ class ChunkWriter:
     """Frames of one stream. What never changes is encoded once, so a token costs little more than its own text.
 
     `usage_with_finish` puts the counts into the chunk with the finish reason; `usage_chunk` sends one more chunk with no
-    choices for them.
+    choices for them. `role_once` says who speaks in the first delta of a choice alone, and nothing in its last: clients that add
+    up texts would add up roles.
     """
 
-    def __init__(self, model: str, extra: dict[str, Any], *, usage_with_finish: bool, usage_chunk: bool) -> None:
+    def __init__(
+        self, model: str, extra: dict[str, Any], *, usage_with_finish: bool, usage_chunk: bool, role_once: bool = False
+    ) -> None:
         head = {
             "id": new_id("chatcmpl"),
             **extra,
@@ -331,10 +334,10 @@ class ChunkWriter:
             "model": model,
         }
         self._head = b"data: " + msgspec.json.encode(head)[:-1]
-        self._delta = [
-            self._head + b',"choices":[{"index":%d,"delta":{"role":"assistant",' % choice
-            for choice in range(MOST_CHOICES)
-        ]
+        choices = [self._head + b',"choices":[{"index":%d,"delta":{' % choice for choice in range(MOST_CHOICES)]
+        self._first = [begin + b'"role":"assistant",' for begin in choices]
+        self._later = choices if role_once else self._first
+        self._delta = self._first.copy()
         self._end = b',"usage":null}\n\n' if usage_chunk and not usage_with_finish else b"}\n\n"
         self._text_end = b'},"finish_reason":null}]' + self._end
         self._scored_end = b',"refusal":null},"finish_reason":null}]' + self._end
@@ -345,6 +348,7 @@ class ChunkWriter:
     def frames(self, delta: Delta) -> bytes:
         """The frame for one delta; for the last `Finish` frames, `[DONE]` included."""
         begin = self._delta[delta.choice]
+        self._delta[delta.choice] = self._later[delta.choice]
         if type(delta) is TextDelta:
             content = begin + b'"content":' + self._encode(delta.text)
             if delta.logprobs is None:
@@ -359,7 +363,8 @@ class ChunkWriter:
         raise TypeError(type(delta))
 
     def _finish(self, begin: bytes, finish: Finish) -> bytes:
-        reason = begin + b'"content":""},"finish_reason":' + self._encode(finish.reason) + b"}]"
+        says = b'"content":""' if begin is self._first[finish.choice] else b""
+        reason = begin + says + b'},"finish_reason":' + self._encode(finish.reason) + b"}]"
         if finish.usage is None:
             return reason + self._end
         usage = self._encode(usage_object(finish.usage))

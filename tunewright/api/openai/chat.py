@@ -51,7 +51,9 @@ async def create(request: Request, body: ChatBody, caller: CallerOf, completions
     """Answer a conversation, whole or as a stream."""
     usage_chunk = wants_usage(body)
     chat = await beside_large(request, read, body, exchange_of(request.scope).request_id)
-    writer = ChunkWriter(chat.model, {}, usage_with_finish=False, usage_chunk=usage_chunk) if body.stream else None
+    writer = None
+    if body.stream:
+        writer = ChunkWriter(chat.model, {}, usage_with_finish=False, usage_chunk=usage_chunk, role_once=True)
     return await respond(request, completions, caller, chat, writer, {})
 
 
