@@ -389,7 +389,7 @@ def test_forgetting_a_model_never_waits_and_never_fails(home: HomeFolder, pool: 
 def test_only_one_worker_for_a_base_even_if_the_first_was_not_ready(home: HomeFolder, tiny_base: Path) -> None:
     """A server was killed while its worker was starting: the next one must not start a second beside it."""
     runner = LocalRunner()
-    settings = Settings(home=home.root, engine_threads=1)
+    settings = Settings(home=home.root, engine_threads=1, engine_precision="bfloat16", engine_weights="int8")
     base = msgspec.structs.replace(a_base(home), path=tiny_base)
     pool = Pool(home, settings, runner)
     folder = home.workers / base.code
@@ -400,7 +400,10 @@ def test_only_one_worker_for_a_base_even_if_the_first_was_not_ready(home: HomeFo
     try:
         assert worker.process.pid != first
         assert runner.find("tunewright.engines.worker", folder) == [worker.process.pid]
-        assert msgspec.json.decode((folder / "spec.json").read_bytes(), type=WorkerSpec).secret != "secret"
+        spec = msgspec.json.decode((folder / "spec.json").read_bytes(), type=WorkerSpec)
+        assert spec.secret != "secret"
+        assert (spec.precision, spec.weights) == ("bfloat16", "int8")
+        assert "int8: mean divergence" in (folder / "log.txt").read_text()
     finally:
         pool.stop()
     assert runner.find("tunewright.engines.worker", folder) == []

@@ -77,6 +77,7 @@ def test_it_says_who_it_is(worker: WorkerRun) -> None:
 async def test_health(worker: WorkerRun) -> None:
     state = await health(worker.port)
     assert (state.worker_id, state.base_code, state.slots) == ("w1", "tiny", 4)
+    assert (state.precision, state.threads) == ("float32", 1)
 
 
 async def test_base_and_adapters_answer_together(

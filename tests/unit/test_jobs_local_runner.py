@@ -147,6 +147,16 @@ def test_the_log_is_appended_to_and_private(runner: LocalRunner, tmp_path: Path)
     assert log.stat().st_mode & 0o777 == 0o600
 
 
+def test_engines_alone_hold_their_memory_in_large_pages(runner: LocalRunner, tmp_path: Path) -> None:
+    found = {}
+    for module in ("tunewright.engines.worker", "a_sleeper_for_tests"):
+        pid = runner.start(module, tmp_path, tmp_path / "log.txt")
+        found[module] = b"GLIBC_TUNABLES=glibc.malloc.hugetlb=1" in Path(f"/proc/{pid}/environ").read_bytes()
+        runner.kill(pid)
+        wait(lambda pid=pid: runner.group_empty(pid))
+    assert found == {"tunewright.engines.worker": True, "a_sleeper_for_tests": False}
+
+
 def test_nothing_is_imported_from_the_work_folder(runner: LocalRunner, tmp_path: Path) -> None:
     (tmp_path / "planted_module_for_tests.py").write_text("print('owned')")
     log = tmp_path / "log.txt"
