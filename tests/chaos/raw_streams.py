@@ -40,7 +40,7 @@ async def words(reader: asyncio.StreamReader) -> AsyncIterator[tuple[str, float]
         if line.startswith(b"data: {"):
             choices = json.loads(line[6:])["choices"]
             if choices:
-                yield choices[0]["delta"]["content"], time.perf_counter()
+                yield choices[0]["delta"].get("content", ""), time.perf_counter()
         elif line == b"data: [DONE]\n":
             return
     raise RuntimeError("the stream was cut")
