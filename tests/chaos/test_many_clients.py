@@ -83,7 +83,7 @@ class Gauge:
     def cpu_s(self) -> float:
         return self._cpu_s() - self._cpu
 
-    async def fds_come_back(self, limit_s: float = 5.0) -> None:
+    async def fds_come_back(self, limit_s: float = 20.0) -> None:
         deadline = time.monotonic() + limit_s
         while (more := self.process.num_fds() - self._fds) > 3:
             assert time.monotonic() < deadline, f"{more} descriptors more than before"
@@ -196,18 +196,20 @@ async def test_r27_slow_readers_hold_nobody_up(serve: Serve) -> None:
 
         before = [gap for stream in await asyncio.gather(*(gaps() for _ in range(5))) for gap in stream]
         slow_ones = [asyncio.ensure_future(slow()) for _ in range(100)]
-        await asyncio.sleep(1)
-        during = [gap for stream in await asyncio.gather(*(gaps() for _ in range(5))) for gap in stream]
-        waiting_mib = gauge.more_mib
-        await engine_is_idle(server, 15)
-        p95 = percentile(before, 0.95), percentile(during, 0.95)
-        print(f"p95 gap {1000 * p95[0]:.1f} -> {1000 * p95[1]:.1f} ms, {waiting_mib:.0f} MiB for 100 slow readers")
-        assert p95[1] < 1.1 * p95[0] + 0.1
-        assert waiting_mib < 100 * 0.4
-        await gauge.fds_come_back()  # although not one of them has closed its end
-        for one in slow_ones:
-            one.cancel()
-        await asyncio.gather(*slow_ones, return_exceptions=True)
+        try:
+            await asyncio.sleep(1)
+            during = [gap for stream in await asyncio.gather(*(gaps() for _ in range(5))) for gap in stream]
+            waiting_mib = gauge.more_mib
+            await engine_is_idle(server, 15)
+            p95 = percentile(before, 0.95), percentile(during, 0.95)
+            print(f"p95 gap {1000 * p95[0]:.1f} -> {1000 * p95[1]:.1f} ms, {waiting_mib:.0f} MiB for 100 slow readers")
+            assert p95[1] < 1.1 * p95[0] + 0.1
+            assert waiting_mib < 100 * 0.4
+            await gauge.fds_come_back()  # although not one of them has closed its end
+        finally:
+            for one in slow_ones:
+                one.cancel()
+            await asyncio.gather(*slow_ones, return_exceptions=True)
 
 
 async def test_r28_idle_and_slow_heads_hold_nobody_up(serve: Serve) -> None:

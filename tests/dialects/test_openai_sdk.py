@@ -187,7 +187,7 @@ def test_cancel_is_final_and_can_be_repeated(client: OpenAI, live_server: LiveSe
 
 
 def test_a_follow_up_reads_only_what_is_new(client: OpenAI, tuned_model: str) -> None:
-    """To the same model; the base has read nothing of it."""
+    """To the same model; the base has read nothing of it but what all conversations begin with."""
     create: Any = client.chat.completions.create
     question = {"role": "user", "content": "Please write a short poem about the sea, the sky and the stars."}
     first = create(model=tuned_model, messages=[question], temperature=0, max_tokens=8)
@@ -198,7 +198,7 @@ def test_a_follow_up_reads_only_what_is_new(client: OpenAI, tuned_model: str) ->
     assert first.usage.prompt_tokens - 1 <= cached < second.usage.prompt_tokens
     with_usage = {"stream": True, "stream_options": {"include_usage": True}}
     chunks = list(create(model="tiny", messages=follow_up, temperature=0, max_tokens=8, **with_usage))
-    assert chunks[-1].usage.prompt_tokens_details.cached_tokens == 0
+    assert chunks[-1].usage.prompt_tokens_details.cached_tokens < first.usage.prompt_tokens - 1
 
 
 def test_streams_carry_usage_only_when_asked(client: OpenAI) -> None:

@@ -117,7 +117,7 @@ async def test_a_damaged_adapter_of_a_living_model_stays_an_error_of_its_own(
     service: CompletionService, world: World, pool: OnePool
 ) -> None:
     pool.error = InvalidRequest("adapter_invalid", "its files are damaged")
-    with pytest.raises(InvalidRequest) as caught:
+    with pytest.raises(Conflict) as caught:
         await service.complete(CALLER, request_to(tuned(world).name))
     assert caught.value.code == "adapter_invalid"
 
