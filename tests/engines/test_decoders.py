@@ -27,6 +27,7 @@ from tunewright.engines.general import GeneralDecoder
 from tunewright.engines.kv_cache import SlotCache
 from tunewright.engines.loading import load_decoder, load_model
 from tunewright.engines.placement import choose_placement, detect_placement
+from tunewright.engines.products import Products, packed_product, plain_product
 from tunewright.errors import Misconfigured
 
 SIZES: dict[str, Any] = {
@@ -41,13 +42,13 @@ SIZES: dict[str, Any] = {
 CPU = choose_placement(cuda=False, cuda_bfloat16=False)
 
 
-@pytest.fixture(params=["general", "fast"])
+@pytest.fixture(params=["general", "fast", "plain"])
 def decoder(request: pytest.FixtureRequest, tiny_base: Path) -> Decoder:
     model = load_model(tiny_base, CPU)
     if request.param == "general":
         return GeneralDecoder(model)
     assert is_fast(model)
-    return FastDecoder(model, context_tokens=256)
+    return FastDecoder(model, context_tokens=256, products=Products(plain=request.param == "plain"))
 
 
 def load(decoder: Decoder, folder: Path) -> Adapter:
@@ -58,6 +59,15 @@ def load(decoder: Decoder, folder: Path) -> Adapter:
 
 def test_mixed_steps_equal_solo_runs(decoder: Decoder, adapters: list[Path], reference: Reference) -> None:
     compare_mixed_steps(decoder, adapters, reference)
+
+
+@torch.inference_mode()
+def test_plain_and_packed_products_are_those_of_torch() -> None:
+    weight_OI, bias_O, x_TI = torch.randn(24, 16), torch.randn(24), torch.randn(3, 16)
+    for make in (plain_product, packed_product):
+        for bias in (None, bias_O):
+            expected_TO = torch.nn.functional.linear(x_TI, weight_OI, bias)
+            torch.testing.assert_close(make(weight_OI, bias)(x_TI), expected_TO)
 
 
 @pytest.mark.parametrize("kind", FAST_KINDS)

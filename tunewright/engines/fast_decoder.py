@@ -230,7 +230,7 @@ class FastDecoder:
         turned_TAD = heads_TAD[:, : self._n_q + self._n_kv]  # queries and keys turn together
         if layer.turned_norm_AD is not None:
             turned_TAD = functional.rms_norm(turned_TAD, (self._head_size,), None, self._eps) * layer.turned_norm_AD
-        turned_TAD = turned_TAD * cos_T1D + self._partners(turned_TAD) * sin_T1D
+        turned_TAD = torch.addcmul(turned_TAD * cos_T1D, self._partners(turned_TAD), sin_T1D)
         cache.write(index, turned_TAD[:, self._n_q :], heads_TAD[:, self._n_q + self._n_kv :], batch)
         return cache.attend(index, turned_TAD[:, : self._n_q], batch, self._scale, layer.window).flatten(1)
 

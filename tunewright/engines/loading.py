@@ -19,12 +19,15 @@ from tunewright.engines.decoder import Decoder
 from tunewright.engines.fast_decoder import FastDecoder, is_fast
 from tunewright.engines.general import GeneralDecoder
 from tunewright.engines.kv_cache import SlotCache
+from tunewright.engines.measuring import plain_is_faster
 from tunewright.engines.placement import Placement
 from tunewright.engines.products import FLOAT32, INT8, Products
 from tunewright.errors import Misconfigured
 from tunewright.i18n import mark
 
 _log = logging.getLogger(__name__)
+_MEASURED_FROM = 256
+"""Hidden size. Below it a whole model fits into a processor's caches."""
 MAX_DIVERGENCE = 0.05
 """Nats by which next tokens may be less likely, on average over texts, than with the model's own code in float32."""
 MAX_SHARE = 0.25
@@ -74,7 +77,10 @@ def load_decoder(folder: Path, placement: Placement, context_tokens: int, texts:
 def _fast(
     model: PreTrainedModel, context_tokens: int, placement: Placement, largest: dict[str, torch.Tensor]
 ) -> Decoder:
-    return FastDecoder(model, context_tokens=context_tokens, products=Products(placement.precision, largest))
+    hidden: int = model.config.hidden_size  # type: ignore[union-attr]
+    plain = placement.device == "cpu" and placement.precision == FLOAT32 and hidden >= _MEASURED_FROM
+    products = Products(placement.precision, largest, plain=plain and plain_is_faster(hidden))
+    return FastDecoder(model, context_tokens=context_tokens, products=products)
 
 
 @contextmanager

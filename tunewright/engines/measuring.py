@@ -1,14 +1,20 @@
 """What this machine computes fastest with, measured where the engine runs: number format and threads."""
 
+import math
 import os
 
 import torch
 
 from tunewright.clock import mono_s, thread_cpu_s
-from tunewright.engines.products import BFLOAT16, FLOAT32, Products
+from tunewright.engines.products import BFLOAT16, FLOAT32, Products, packed_product, plain_product
 
 _ROUNDS = 5
+_FEW_ROUNDS = 3
 _TOKENS = 128
+_ROWS = 32
+_BEYOND_CACHES = 2**25
+_MOST_WEIGHTS = 24
+_WORTH_CHOOSING = 1.05
 _WORTHWHILE = 1.2
 _WORTH_ROUNDING = 1.3
 """How much faster bfloat16 must be: its answers are a little less exact."""
@@ -33,6 +39,25 @@ def product_speeds(hidden: int, width: int) -> dict[str, float]:
             product(x_TI)
             best[name] = max(best[name], 2e-9 * _TOKENS * hidden * width / max(thread_cpu_s() - began, 1e-9))
     return best
+
+
+def plain_is_faster(hidden: int) -> bool:
+    """Whether exact weights with few outputs are multiplied faster as they are than packed, by the clock of this thread (0.1 s).
+
+    Which of the two it is depends on the maker of the processor. The weights are more than its caches hold, as a model's are.
+    """
+    count = max(1, min(_MOST_WEIGHTS, _BEYOND_CACHES // (4 * hidden * hidden)))
+    weights = list(torch.ones(count, hidden, hidden))
+    x_TI = torch.ones(_ROWS, hidden)
+    kinds = [[make(weight, None) for weight in weights] for make in (packed_product, plain_product)]
+    seconds = [math.inf, math.inf]
+    for _ in range(_FEW_ROUNDS):
+        for i, products in enumerate(kinds):
+            began = thread_cpu_s()
+            for product in products:
+                product(x_TI)
+            seconds[i] = min(seconds[i], thread_cpu_s() - began)
+    return seconds[1] * _WORTH_CHOOSING < seconds[0]
 
 
 def choose_threads(wanted: int) -> int:

@@ -18,15 +18,18 @@ _STEPS = 127
 _MIDDLE = 128
 """What 0 becomes: the kernel takes activations without sign."""
 _EXACT = 16
+_FEW_OUTPUTS = 3
+"""Times as many as inputs. With more of them, packed is faster everywhere."""
 _TINY = 1e-20
 
 
 class Products(NamedTuple):
     """How a decoder multiplies. `largest` says by linear layer how large each feature of what it is given was in some texts;
-    int8 goes by that."""
+    int8 goes by that. `plain`: exact weights with few outputs are not packed (`measuring.plain_is_faster`)."""
 
     precision: str = FLOAT32
     largest: Mapping[str, torch.Tensor] = {}
+    plain: bool = False
 
     def of(self, name: str, weight_OI: torch.Tensor, bias_O: torch.Tensor | None = None) -> Product:
         """A function x -> x @ weight.T + bias that does not change x. The weight itself is not needed any more."""
@@ -39,12 +42,20 @@ class Products(NamedTuple):
         if self.precision == INT8:
             return _int8(weight_OI, bias_O, self.largest.get(name, weight_OI.new_ones(weight_OI.shape[1])))
         if self.precision == BFLOAT16:
-            product = _packed(weight_OI.bfloat16(), None if bias_O is None else bias_O.bfloat16())
+            product = packed_product(weight_OI.bfloat16(), None if bias_O is None else bias_O.bfloat16())
             return lambda x_TI: product(x_TI.bfloat16()).float()
-        return _packed(weight_OI, bias_O)
+        if self.plain and len(weight_OI) <= _FEW_OUTPUTS * weight_OI.shape[1]:
+            return plain_product(weight_OI, bias_O)
+        return packed_product(weight_OI, bias_O)
 
 
-def _packed(weight_OI: torch.Tensor, bias_O: torch.Tensor | None) -> Product:
+def plain_product(weight_OI: torch.Tensor, bias_O: torch.Tensor | None) -> Product:
+    """As it is but for the order in memory, for the BLAS that torch comes with."""
+    weight_IO = weight_OI.t().contiguous()
+    return lambda x_TI: torch.mm(x_TI, weight_IO) if bias_O is None else torch.addmm(bias_O, x_TI, weight_IO)
+
+
+def packed_product(weight_OI: torch.Tensor, bias_O: torch.Tensor | None) -> Product:
     """Packed once for oneDNN: twice as fast for small batches."""
     packed = torch.ops.mkldnn._reorder_linear_weight(weight_OI)
     pointwise = torch.ops.mkldnn._linear_pointwise

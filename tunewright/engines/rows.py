@@ -208,13 +208,16 @@ class RunningRows:
 
     def parts(self, beside_decode: int, alone: int) -> list[tuple[Row, Part]]:
         """The next step: a token of each decoding row, and prompt tokens up to a budget. While a prompt that somebody waits
-        for is read, answers pause that nobody waits for, as far as the others' slots lie side by side without them."""
+        for is read, answers pause that nobody waits for, as far as the others' slots lie side by side without them.
+
+        The budget is `alone` while more rows wait for their first token than would wait for their next one: a long step is
+        shorter than as many short ones, so all of them together wait less."""
         decoding = range(self.n_decoding)
         if any(not row.ticket.priority for row in self.rows[self.n_decoding :]):
             urgent = [slot for slot in decoding if not self.rows[slot].ticket.priority]
             decoding = range(urgent[0], urgent[-1] + 1) if urgent else range(0)
         chosen = [(self.rows[slot], self.rows[slot].next_part(slot, 1)) for slot in decoding]
-        budget = beside_decode if chosen else alone
+        budget = alone if len(self.rows) - self.n_decoding > len(chosen) else beside_decode
         for slot in range(self.n_decoding, len(self.rows)):
             if budget <= 0:
                 break
