@@ -7,7 +7,7 @@ import torch
 
 from tunewright.engines.adapter_files import Adapter, Pair
 from tunewright.engines.batch import Segment
-from tunewright.engines.stacks import Joint, Stack, Stacks, add_changes, joints_of
+from tunewright.engines.stacks import Joint, Stack, Stacks, add_changes, draw_together, joints_of
 
 MERGED = {"a.qkv": ("a.q", "a.k", "a.v"), "a.o": ("a.o",)}
 LINEARS = {"a.q": (6, 8), "a.k": (6, 4), "a.v": (6, 4), "a.o": (8, 6)}
@@ -48,6 +48,7 @@ def check(worn: list[tuple[Adapter, dict[str, Pair], int]], rng: random.Random) 
     for adapter, _, length in sorted(worn, key=lambda one: one[0].seat.order):
         segments.append(Segment(start, start + length, adapter))
         start += length
+    draw_together(segments)
     joints = joints_of(segments, "cpu")
     pairs = {id(adapter): own for adapter, own, _ in worn}
     for name, parts in MERGED.items():

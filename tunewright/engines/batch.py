@@ -72,6 +72,8 @@ class Batch:
     wanted_W: torch.Tensor
     wanted_order: list[int]
     """Which part each wanted token belongs to, in the order of the logits."""
+    wanted_segments: list[Segment]
+    """`segments` of the wanted tokens alone, by their order."""
     masks: dict[tuple[object, ...], Any] = field(default_factory=dict)
     """Attention masks of this step, made once and used by all layers."""
 
@@ -84,6 +86,7 @@ def make_batch(parts: list[Part], device: str) -> Batch:
     decode: list[tuple[int, int, int]] = []
     chunks: list[Chunk] = []
     segments: list[Segment] = []
+    wanted_segments: list[Segment] = []
     wanted: list[int] = []
     wanted_order: list[int] = []
     for index in order:
@@ -96,13 +99,13 @@ def make_batch(parts: list[Part], device: str) -> Batch:
             decode.append((part.slot, start, part.offset))
         else:
             chunks.append(Chunk(start, end, part.slot, part.offset))
-        if part.adapter is not None:
-            if segments and segments[-1].adapter is part.adapter and segments[-1].end == start:
-                start = segments.pop().start
-            segments.append(Segment(start, end, part.adapter))
         if part.wants_logits:
             wanted.append(end - 1)
             wanted_order.append(index)
+        if part.adapter is not None:
+            _extend(segments, start, end, part.adapter)
+            if part.wants_logits:
+                _extend(wanted_segments, len(wanted) - 1, len(wanted), part.adapter)
     decode.sort()
     if decode and [slot for slot, _, _ in decode] != list(range(decode[0][0], decode[0][0] + len(decode))):
         raise ValueError("decoding rows must lie side by side in the cache")
@@ -121,7 +124,15 @@ def make_batch(parts: list[Part], device: str) -> Batch:
         segments=segments,
         wanted_W=torch.tensor(wanted, dtype=torch.long, device=device),
         wanted_order=wanted_order,
+        wanted_segments=wanted_segments,
     )
+
+
+def _extend(segments: list[Segment], start: int, end: int, adapter: "Adapter") -> None:
+    """Add tokens to the last segment if they are of its adapter, else as a segment of their own."""
+    if segments and segments[-1].adapter is adapter and segments[-1].end == start:
+        start = segments.pop().start
+    segments.append(Segment(start, end, adapter))
 
 
 def _place(part: Part) -> tuple[bool, tuple[int, int]]:

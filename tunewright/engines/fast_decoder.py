@@ -29,7 +29,7 @@ from tunewright.engines.gpu_attention import attention_of
 from tunewright.engines.kv_cache import SlotCache
 from tunewright.engines.placement import FLASH
 from tunewright.engines.products import HEAD, Product, Products
-from tunewright.engines.stacks import Joint, Seat, Stacks, add_changes, joints_of
+from tunewright.engines.stacks import Joint, Seat, Stacks, add_changes, draw_together, joints_of
 
 _FAMILIES = (
     LlamaForCausalLM,
@@ -185,25 +185,29 @@ class FastDecoder:
         return self._step(batch, cache) if self._graphs is None else self._graphs.logits(batch, cache)
 
     def _step(self, batch: Batch, cache: SlotCache) -> torch.Tensor:
-        return self._head(self._last_normed(self._run(batch, cache)[batch.wanted_W])).float()
+        return self._head(self._last_normed(self._run(batch, cache, wanted=True))).float()
 
     def states(self, batch: Batch, cache: SlotCache) -> torch.Tensor:
         """Run one step; returns float32 states [T, E] of all tokens."""
-        return self._last_normed(self._run(batch, cache)).float()
+        return self._last_normed(self._run(batch, cache, wanted=False)).float()
 
     def _last_normed(self, x_TE: torch.Tensor) -> torch.Tensor:
         return functional.rms_norm(x_TE, self._norm_E.shape, self._norm_E, self._eps)
 
-    def _run(self, batch: Batch, cache: SlotCache) -> torch.Tensor:
-        """Through all layers; returns [T, E]."""
+    def _run(self, batch: Batch, cache: SlotCache, *, wanted: bool) -> torch.Tensor:
+        """Through all layers; returns [T, E], or [W, E] of the wanted tokens: the last layer's feed-forward is for them alone."""
         size_E = self._norm_E.shape
         x_TE = functional.embedding(batch.input_ids_T, self._embedding_VE)
         cos_T1D = self._cos_CD[batch.positions_T][:, None]
         sin_T1D = self._sin_CD[batch.positions_T][:, None]
+        draw_together(batch.segments)
         joints = joints_of(batch.segments, self.device)
         for index, layer in enumerate(self._layers):
             h_TE = functional.rms_norm(x_TE, size_E, layer.attention_norm_E, self._eps)
             attended_TE = self._attention(index, layer, h_TE, cos_T1D, sin_T1D, joints, batch, cache)
+            if wanted and layer is self._layers[-1] and len(batch.wanted_W) < len(x_TE):
+                attended_TE, x_TE = attended_TE[batch.wanted_W], x_TE[batch.wanted_W]
+                joints = joints_of(batch.wanted_segments, self.device)
             out_TE = _project(layer.o, attended_TE, f"{layer.name}.self_attn.o", joints)
             x_TE = x_TE + self._normed(out_TE, layer.after_attention_norm_E)
             h_TE = functional.rms_norm(x_TE, size_E, layer.mlp_norm_E, self._eps)

@@ -16,7 +16,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from tunewright.engines.adapter_files import Pair
 from tunewright.engines.batch import Batch
 from tunewright.engines.kv_cache import SlotCache
-from tunewright.engines.stacks import Joint, Seat, Stacks, add_changes, joints_of
+from tunewright.engines.stacks import Joint, Seat, Stacks, add_changes, draw_together, joints_of
 
 ATTENTION = "tunewright"
 
@@ -164,6 +164,7 @@ class GeneralDecoder:
 
     def _run(self, model: Any, batch: Batch, cache: SlotCache, **options: Any) -> Any:
         step = Step(batch, cache)
+        draw_together(batch.segments)
         self._joints[:] = joints_of(batch.segments, self.device)
         try:
             return model(

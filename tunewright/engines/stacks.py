@@ -242,14 +242,18 @@ class Joint(NamedTuple):
     used: tuple[set[str], ...]
 
 
-def joints_of(segments: list[Segment], device: str) -> list[Joint]:
-    """The fewest products for a step's segments. Seats that are not neighbours are drawn together first, a little each step."""
+def draw_together(segments: list[Segment]) -> None:
+    """Bring the seats of a step's adapters a little nearer to each other. Joints made before are of no use afterwards."""
     active: dict[Stack, set[int]] = {}
     for segment in segments:
         active.setdefault(segment.adapter.seat.stack, set()).add(segment.adapter.seat.number)
     for stack, numbers in active.items():
         if max(numbers) - min(numbers) >= len(numbers):
             stack.draw_together(numbers)
+
+
+def joints_of(segments: list[Segment], device: str) -> list[Joint]:
+    """The fewest products for these segments."""
     runs: list[list[Segment]] = []
     for segment in segments:
         if runs and _joins(runs[-1], segment):
