@@ -192,25 +192,24 @@ class FastDecoder:
         return self._last_normed(self._run(batch, cache, wanted=False)).float()
 
     def _last_normed(self, x_TE: torch.Tensor) -> torch.Tensor:
-        return functional.rms_norm(x_TE, self._norm_E.shape, self._norm_E, self._eps)
+        return _rms_norm(x_TE, self._norm_E, self._eps)
 
     def _run(self, batch: Batch, cache: SlotCache, *, wanted: bool) -> torch.Tensor:
         """Through all layers; returns [T, E], or [W, E] of the wanted tokens: the last layer's feed-forward is for them alone."""
-        size_E = self._norm_E.shape
         x_TE = functional.embedding(batch.input_ids_T, self._embedding_VE)
         cos_T1D = self._cos_CD[batch.positions_T][:, None]
         sin_T1D = self._sin_CD[batch.positions_T][:, None]
         draw_together(batch.segments)
         joints = joints_of(batch.segments, self.device)
         for index, layer in enumerate(self._layers):
-            h_TE = functional.rms_norm(x_TE, size_E, layer.attention_norm_E, self._eps)
+            h_TE = _rms_norm(x_TE, layer.attention_norm_E, self._eps)
             attended_TE = self._attention(index, layer, h_TE, cos_T1D, sin_T1D, joints, batch, cache)
             if wanted and layer is self._layers[-1] and len(batch.wanted_W) < len(x_TE):
                 attended_TE, x_TE = attended_TE[batch.wanted_W], x_TE[batch.wanted_W]
                 joints = joints_of(batch.wanted_segments, self.device)
             out_TE = _project(layer.o, attended_TE, f"{layer.name}.self_attn.o", joints)
             x_TE = x_TE + self._normed(out_TE, layer.after_attention_norm_E)
-            h_TE = functional.rms_norm(x_TE, size_E, layer.mlp_norm_E, self._eps)
+            h_TE = _rms_norm(x_TE, layer.mlp_norm_E, self._eps)
             gate_up_T2F = _project(layer.gate_up, h_TE, f"{layer.name}.mlp.gate_up", joints)
             gate_TF, up_TF = gate_up_T2F.chunk(2, dim=-1)
             h_TF = functional.silu(gate_TF).mul_(up_TF)
@@ -234,18 +233,30 @@ class FastDecoder:
         turned_TAD = heads_TAD[:, : self._n_q + self._n_kv]  # queries and keys turn together
         if layer.turned_norm_AD is not None:
             turned_TAD = functional.rms_norm(turned_TAD, (self._head_size,), None, self._eps) * layer.turned_norm_AD
-        turned_TAD = torch.addcmul(turned_TAD * cos_T1D, self._partners(turned_TAD), sin_T1D)
+        turned_TAD = self._turned(turned_TAD, cos_T1D, sin_T1D)
         cache.write(index, turned_TAD[:, self._n_q :], heads_TAD[:, self._n_q + self._n_kv :], batch)
         return cache.attend(index, turned_TAD[:, : self._n_q], batch, self._scale, layer.window).flatten(1)
 
-    def _partners(self, heads_TAD: torch.Tensor) -> torch.Tensor:
-        """In each place the number that turns with the one there."""
+    def _turned(self, heads_TAD: torch.Tensor, cos_T1D: torch.Tensor, sin_T1D: torch.Tensor) -> torch.Tensor:
+        """Each number turned with its partner."""
+        turned_TAD = heads_TAD * cos_T1D
         if self._in_pairs:
-            return heads_TAD.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
-        return heads_TAD.roll(self._head_size // 2, -1)
+            return turned_TAD.addcmul_(heads_TAD.unflatten(-1, (-1, 2)).flip(-1).flatten(-2), sin_T1D)
+        half = self._head_size // 2
+        turned_TAD[..., :half].addcmul_(heads_TAD[..., half:], sin_T1D[..., :half])
+        turned_TAD[..., half:].addcmul_(heads_TAD[..., :half], sin_T1D[..., half:])
+        return turned_TAD
 
     def _normed(self, x_TE: torch.Tensor, norm_E: torch.Tensor | None) -> torch.Tensor:
-        return x_TE if norm_E is None else functional.rms_norm(x_TE, norm_E.shape, norm_E, self._eps)
+        return x_TE if norm_E is None else _rms_norm(x_TE, norm_E, self._eps)
+
+
+def _rms_norm(x_TE: torch.Tensor, weight_E: torch.Tensor, eps: float) -> torch.Tensor:
+    """torch has one kernel for it on GPUs; on processors it goes over the numbers five times, which three times do."""
+    if x_TE.device.type != "cpu" or x_TE.dtype != torch.float32:
+        return functional.rms_norm(x_TE, weight_E.shape, weight_E, eps)
+    size_T1 = torch.linalg.vector_norm(x_TE, dim=-1, keepdim=True)
+    return (x_TE * size_T1.square_().mul_(1 / len(weight_E)).add_(eps).rsqrt_()).mul_(weight_E)
 
 
 def _cloned(weight_E: torch.Tensor | None) -> torch.Tensor | None:
