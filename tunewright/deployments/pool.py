@@ -22,7 +22,7 @@ from tunewright.clock import mono_s
 from tunewright.deployments.full_models import FullOrder, prove_full
 from tunewright.deployments.ports import Done, Embed, Generate, Prove, State, TokenText, Vector, WorkerSpec
 from tunewright.deployments.quarantine import Passenger, Quarantine, fingerprint_of
-from tunewright.deployments.worker_client import WorkerGone, WorkerSlow
+from tunewright.deployments.worker_client import WorkerAbsent, WorkerGone, WorkerSlow
 from tunewright.deployments.workers import (
     StartFailed,
     Worker,
@@ -144,7 +144,9 @@ class Pool:
                 raise
             except WorkerSlow:
                 raise engine_busy() from None
-            except WorkerGone:
+            except WorkerGone as gone:
+                if isinstance(gone, WorkerAbsent):
+                    passenger.worker = 0  # it was never aboard
                 if worker is not None:
                     await self._ask(base.code, worker)
                 if started or last_try:

@@ -15,7 +15,7 @@ from tunewright.deployments.quarantine import Passenger, fingerprint_of
 from tunewright.deployments.reconciler import Reconciler, Running, event_of
 from tunewright.deployments.records import FAILED, RETIRED, Deployment
 from tunewright.deployments.replicas import Replica
-from tunewright.deployments.worker_client import WorkerGone, WorkerSlow
+from tunewright.deployments.worker_client import WorkerAbsent, WorkerGone, WorkerSlow
 from tunewright.deployments.workers import engine_busy, engine_lost, engine_overloaded, states_of, with_adapter
 from tunewright.errors import InvalidRequest, NotFound, TunewrightError, Unavailable
 from tunewright.i18n import mark
@@ -156,7 +156,9 @@ class Serving:
                 raise
             except WorkerSlow:
                 raise engine_busy() from None
-            except WorkerGone:
+            except WorkerGone as gone:
+                if isinstance(gone, WorkerAbsent):
+                    passenger.worker = 0  # it was never aboard
                 replica.suspect()
                 self._reconciler.wake()
                 if running.retired:

@@ -36,6 +36,10 @@ class WorkerGone(Exception):
     """The worker closed the connection, or nothing listens there any more."""
 
 
+class WorkerAbsent(WorkerGone):
+    """Nothing listens there any more: the request has not reached a worker."""
+
+
 class WorkerSlow(Exception):
     """No answer in time, or no connection for want of something on our side. The worker may be well."""
 
@@ -120,7 +124,7 @@ class WorkerClient:
         try:
             reader, writer = await asyncio.open_connection("127.0.0.1", self._port, limit=limit)
         except ConnectionError:
-            raise WorkerGone from None
+            raise WorkerAbsent from None
         except OSError:  # no descriptor or port left: that says nothing about the worker
             raise WorkerSlow from None
         try:
