@@ -83,7 +83,7 @@ class Gauge:
     def cpu_s(self) -> float:
         return self._cpu_s() - self._cpu
 
-    async def fds_come_back(self, limit_s: float = 20.0) -> None:
+    async def fds_come_back(self, limit_s: float = 5.0) -> None:
         deadline = time.monotonic() + limit_s
         while (more := self.process.num_fds() - self._fds) > 3:
             assert time.monotonic() < deadline, f"{more} descriptors more than before"
@@ -205,7 +205,7 @@ async def test_r27_slow_readers_hold_nobody_up(serve: Serve) -> None:
             print(f"p95 gap {1000 * p95[0]:.1f} -> {1000 * p95[1]:.1f} ms, {waiting_mib:.0f} MiB for 100 slow readers")
             assert p95[1] < 1.1 * p95[0] + 0.1
             assert waiting_mib < 100 * 0.4
-            await gauge.fds_come_back()  # although not one of them has closed its end
+            await gauge.fds_come_back(20.0)  # although not one of them has closed its end
         finally:
             for one in slow_ones:
                 one.cancel()

@@ -21,7 +21,7 @@ import structlog
 from tunewright.clock import mono_s
 from tunewright.deployments.full_models import FullOrder, prove_full
 from tunewright.deployments.ports import Done, Embed, Generate, Prove, State, TokenText, Vector, WorkerSpec
-from tunewright.deployments.quarantine import Passenger, Quarantine, fingerprint_of
+from tunewright.deployments.quarantine import Quarantine, fingerprint_of
 from tunewright.deployments.worker_client import WorkerAbsent, WorkerGone, WorkerSlow
 from tunewright.deployments.workers import (
     StartFailed,
@@ -123,7 +123,7 @@ class Pool:
     async def _tries(self, base: Base, request: Generate) -> AsyncGenerator[TokenText | Done, None]:
         limit_s = None if request.priority else self._settings.first_token_limit_s or None
         for last_try in (False, True):
-            passenger = await self._board(base, request, limit_s)
+            passenger = await self._quarantine.board(base.code, request.fingerprint, limit_s)
             worker, started, answered = None, False, False
             try:
                 worker = self._workers.get(base.code) or await asyncio.wrap_future(self._ready(base))
@@ -154,13 +154,6 @@ class Pool:
                     raise engine_lost() from None
             finally:
                 self._quarantine.leave(passenger, answered=answered)
-
-    async def _board(self, base: Base, request: Generate, limit_s: float | None) -> Passenger:
-        try:
-            async with asyncio.timeout(limit_s):
-                return await self._quarantine.board(base.code, request.fingerprint)
-        except TimeoutError:
-            raise engine_busy() from None
 
     def warm(self, base: Base) -> None:
         """Start the worker of `base` in the background, if it is not there. Whoever needs it learns how that went."""

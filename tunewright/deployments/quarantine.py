@@ -16,6 +16,7 @@ import msgspec
 
 from tunewright.clock import mono_s
 from tunewright.deployments.ports import Generate
+from tunewright.deployments.workers import engine_busy
 from tunewright.errors import TunewrightError
 from tunewright.i18n import mark
 
@@ -60,10 +61,15 @@ class Quarantine:
         self._lingering: list[Passenger] = []
         self._records: dict[str, _Record] = {}
 
-    async def board(self, base_code: str, fingerprint: str) -> Passenger:
-        """A place aboard; a suspect waits for its turn. Raises TunewrightError (`request_quarantined`)."""
-        while (passenger := self._try_to_board(base_code, fingerprint)) is None:
-            await asyncio.sleep(_TURN_POLL_S)
+    async def board(self, base_code: str, fingerprint: str, limit_s: float | None = None) -> Passenger:
+        """A place aboard; a suspect waits for its turn. Raises TunewrightError (`request_quarantined`), and Unavailable
+        (`engine_busy`) if its turn does not come within `limit_s`."""
+        try:
+            async with asyncio.timeout(limit_s):
+                while (passenger := self._try_to_board(base_code, fingerprint)) is None:
+                    await asyncio.sleep(_TURN_POLL_S)
+        except TimeoutError:
+            raise engine_busy() from None
         return passenger
 
     def leave(self, passenger: Passenger, *, answered: bool) -> None:

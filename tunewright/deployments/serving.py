@@ -11,7 +11,7 @@ import msgspec
 from tunewright.clock import mono_s
 from tunewright.deployments.pool import Pool
 from tunewright.deployments.ports import Done, Embed, Generate, State, TokenText, Vector
-from tunewright.deployments.quarantine import Passenger, fingerprint_of
+from tunewright.deployments.quarantine import fingerprint_of
 from tunewright.deployments.reconciler import Reconciler, Running, event_of
 from tunewright.deployments.records import FAILED, RETIRED, Deployment
 from tunewright.deployments.replicas import Replica
@@ -131,7 +131,7 @@ class Serving:
         request = msgspec.structs.replace(request, fingerprint=fingerprint_of(deployment.id, request))
         limit_s = None if request.priority else self._settings.first_token_limit_s or None
         for last_try in (False, True):
-            passenger = await self._board(deployment, request, limit_s)
+            passenger = await self._reconciler.quarantine.board(deployment.id, request.fingerprint, limit_s)
             replica, started, answered = _least_busy(running), False, False
             if replica is None or replica.worker is None:
                 self._reconciler.quarantine.leave(passenger, answered=False)
@@ -170,13 +170,6 @@ class Serving:
                 replica.in_flight -= 1
                 running.called_s = mono_s()
                 self._reconciler.quarantine.leave(passenger, answered=answered)
-
-    async def _board(self, deployment: Deployment, request: Generate, limit_s: float | None) -> Passenger:
-        try:
-            async with asyncio.timeout(limit_s):
-                return await self._reconciler.quarantine.board(deployment.id, request.fingerprint)
-        except TimeoutError:
-            raise engine_busy() from None
 
     async def _awake(self, deployment: Deployment) -> Running:
         """What is known of it; one that sleeps is woken and waited for."""
