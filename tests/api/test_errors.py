@@ -92,6 +92,11 @@ def test_findings_of_the_framework_become_ours(finding: dict[str, object], code:
     assert param_path(("a", 0, "b")) == "a[0].b"
 
 
+def test_a_text_where_a_number_belongs_is_shown_as_a_text() -> None:
+    finding = {"type": "int_type", "loc": ("body", "replicas"), "input": "2"}
+    assert from_validation(RequestValidationError([finding])).text("en") == 'replicas must be a whole number, not "2".'
+
+
 async def test_a_cancelled_upload_waits_for_its_thread() -> None:
     release, ended = threading.Event(), threading.Event()
 

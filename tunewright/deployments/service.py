@@ -108,7 +108,7 @@ class DeploymentService:
                 created_at=wall_s(),
             )
             tx.deployments.insert(deployment)
-            text = mark("{model} is to be deployed with {replicas} replicas.")
+            text = mark("{model} is to be deployed; replicas wanted: {replicas}.")
             tx.deployments.add_event(
                 event_of(deployment, "created", text, model=deployment.model, replicas=deployment.replicas)
             )
