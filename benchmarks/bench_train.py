@@ -149,6 +149,7 @@ def main() -> None:
         choices=["defaults", "best", "tried"],
         help="settings of the peers to run; tried are those that were slower when they were searched",
     )
+    parser.add_argument("--only", default="", help="run the peers' settings whose name holds this, as 'float32' does")
     parser.add_argument("--install-only", action="store_true")
     given = parser.parse_args()
     missing = set()
@@ -162,7 +163,10 @@ def main() -> None:
     chosen = [
         one
         for one in CONTENDERS
-        if one.environment in set(given.peers) - missing and one.kind in kinds and one.method in given.methods
+        if one.environment in set(given.peers) - missing
+        and one.kind in kinds
+        and one.method in given.methods
+        and given.only in one.label
     ]
     base = given.base.resolve() if given.base else starter()
     for threads in [1] if given.quick else given.threads:
