@@ -31,7 +31,7 @@ from tunewright.deployments.ports import (
     WorkerSpec,
 )
 from tunewright.engines.connections import Connections
-from tunewright.engines.rows import Ticket
+from tunewright.engines.tickets import Ticket
 from tunewright.engines.worker import _own_start_ticks
 from tunewright.errors import Unavailable
 from tunewright.files_on_disk import write_atomically

@@ -11,8 +11,8 @@ from tunewright.deployments.ports import Embed, EngineReply, Generate, Prove, To
 from tunewright.engines.constraints import Constraint, Constraints
 from tunewright.engines.decoder import Decoder
 from tunewright.engines.placement import Placement, choose_placement
-from tunewright.engines.rows import Ticket
 from tunewright.engines.serving import ServingEngine
+from tunewright.engines.tickets import Ticket
 from tunewright.engines.torch import Engine
 from tunewright.rendering.renderer import Renderer
 

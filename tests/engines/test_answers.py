@@ -10,8 +10,9 @@ import pytest
 from tests.engines.engine_worker import generate_request
 from tunewright.deployments.ports import EngineReply, TokenScore, TokenText
 from tunewright.engines.answer_text import AnswerText
-from tunewright.engines.rows import Row, Ticket
+from tunewright.engines.rows import Row
 from tunewright.engines.sampling import Sampler
+from tunewright.engines.tickets import Ticket
 
 
 class Letters:

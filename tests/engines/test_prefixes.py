@@ -13,8 +13,9 @@ from tunewright.engines.answer_text import AnswerText
 from tunewright.engines.batch import make_batch
 from tunewright.engines.kv_cache import SlotCache
 from tunewright.engines.prefixes import MIN_TOKENS
-from tunewright.engines.rows import Row, RunningRows, Ticket
+from tunewright.engines.rows import Row, RunningRows
 from tunewright.engines.sampling import Sampler
+from tunewright.engines.tickets import Ticket
 from tunewright.rendering.renderer import Renderer
 
 LAYERS = 2

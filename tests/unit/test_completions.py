@@ -15,7 +15,8 @@ from tunewright.completions.service import CompletionService
 from tunewright.completions.vocabulary import ChatRequest, Finish, Sampling, TextDelta
 from tunewright.deployments.ports import Done, Generate, TokenText
 from tunewright.deployments.serving import Serving
-from tunewright.errors import Conflict, InvalidRequest, NotFound, RateLimited, TunewrightError
+from tunewright.deployments.workers import engine_lost
+from tunewright.errors import Conflict, InvalidRequest, NotFound, RateLimited, TunewrightError, Unavailable
 from tunewright.models.records import Base, TunedModel
 from tunewright.rendering.conversation import Conversation, Message
 from tunewright.rendering.renderer import renderer_of
@@ -32,6 +33,8 @@ class OnePool:
         self.before = lambda: None
         self.asked: list[Generate] = []
         self.full: TunewrightError | None = None
+        self.losses = 0
+        """How many answers from now on break off after their first piece."""
 
     def check_room(self, base: Base) -> None:
         if self.full is not None:
@@ -45,6 +48,9 @@ class OnePool:
         if self.error is not None:
             raise self.error
         yield TokenText(text="hi", n_tokens=1)
+        if self.losses:
+            self.losses -= 1
+            raise engine_lost()
         yield Done(reason="stop", prompt_tokens=len(request.prompt_ids), completion_tokens=2)
 
 
@@ -61,8 +67,15 @@ def pool() -> OnePool:
 
 
 @pytest.fixture
-def service(world: World, pool: OnePool) -> CompletionService:
+def ledger(world: World) -> Iterator[UsageLedger]:
     ledger = UsageLedger(world.storage, "server-1", 1)
+    ledger.start()
+    yield ledger
+    ledger.stop()
+
+
+@pytest.fixture
+def service(world: World, pool: OnePool, ledger: UsageLedger) -> CompletionService:
     metering = Metering(ledger, ServingMetrics(ledger, 1))
     settings, instances = Settings(home=world.home.root), None
     serving = Serving(world.storage, world.models, pool, instances, world.home, settings)  # type: ignore[arg-type]
@@ -134,6 +147,29 @@ async def test_a_left_stream_gives_its_place_back(service: CompletionService) ->
     assert isinstance(first, TextDelta) and service._under_way[CALLER.key_id] == 1
     await stream.aclose()
     assert CALLER.key_id not in service._under_way
+
+
+async def test_an_answer_that_is_begun_again_is_one_row(
+    service: CompletionService, world: World, pool: OnePool, ledger: UsageLedger
+) -> None:
+    pool.losses = 1
+    answer = await service.complete(CALLER, request_to("tiny"))
+    assert (answer.choices[0].text, len(pool.asked)) == ("hi", 2)
+    pool.losses = 2
+    with pytest.raises(Unavailable):
+        await service.complete(CALLER, request_to("tiny"))
+    assert len(pool.asked) == 4
+    pool.losses = 1
+    with pytest.raises(Unavailable):
+        async for _ in service.stream(CALLER, request_to("tiny")):
+            pass
+    assert len(pool.asked) == 5, "a stream has been seen, so it is not begun again"
+    ledger.stop()
+    with world.storage.read() as tx:
+        rows = tx.usage.list(CALLER.project_id, status=None, model=None, after=None, limit=9)
+    told = [(row.status, row.error_code, row.completion_tokens) for row in rows]
+    assert sorted(told) == [("error", "engine_lost", 0), ("error", "engine_lost", 1), ("ok", None, 2)]
+    assert not service._under_way
 
 
 async def test_choices_share_the_prompt_and_differ_in_their_seeds(service: CompletionService, pool: OnePool) -> None:

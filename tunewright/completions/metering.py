@@ -60,10 +60,15 @@ class Meter:
                 self._series.gap.observe((now_s - at_s) / new)
             self._produced[choice] = (tokens, now_s)
 
+    def again(self) -> None:
+        """The engine was lost, and the answer begins anew: what came of it is nobody's."""
+        self._produced.clear()
+
     def first(self) -> None:
         """The first piece of the answer is there."""
-        self._first_s = mono_s()
-        self._series.first.observe(self._first_s - self._begun_s)
+        if self._first_s is None:
+            self._first_s = mono_s()
+            self._series.first.observe(self._first_s - self._begun_s)
 
     def delivered(self) -> None:
         """All that was produced is with the caller."""

@@ -3,10 +3,10 @@
 import asyncio
 import math
 from collections import Counter
-from collections.abc import AsyncGenerator, Iterator, Sequence
-from contextlib import aclosing, contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
+from contextlib import aclosing, asynccontextmanager, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -32,6 +32,15 @@ from tunewright.settings import Settings
 _YIELD_PAUSE_S = 0.25
 
 
+class _Admitted(NamedTuple):
+    target: Target
+    renderer: Renderer
+    order: Generate
+    opening: str
+    """The text of an answer that the engine begins because a call is required."""
+    meter: Meter
+
+
 class CompletionService:
     """Answers chat requests of both dialects."""
 
@@ -43,43 +52,49 @@ class CompletionService:
         self._under_way: Counter[str] = Counter()
         self._tokens = Buckets(settings.max_tokens_per_minute, settings.max_tokens_per_minute)
 
-    def stream(self, caller: Caller, request: ChatRequest) -> AsyncGenerator[Delta, None]:
+    async def stream(self, caller: Caller, request: ChatRequest) -> AsyncGenerator[Delta, None]:
         """The deltas of all choices, a `Finish` at the end of each.
 
         Everything that the caller did wrong is raised before the first delta: NotFound (`model_not_found`), InvalidRequest
         (`context_length_exceeded`, `invalid_value`, ...), RateLimited (`concurrency_limit`, `token_rate_exceeded`), Unavailable.
         Closing the iterator frees the engine's slots.
         """
-        return self._stream(caller, request, whole=False)
+        async with (
+            self._admitted(caller, request, whole=False) as admitted,
+            aclosing(self._deltas(caller, request, admitted)) as deltas,
+        ):
+            async for delta in deltas:
+                yield delta
 
-    async def _stream(self, caller: Caller, request: ChatRequest, *, whole: bool) -> AsyncGenerator[Delta, None]:
+    @asynccontextmanager
+    async def _admitted(self, caller: Caller, request: ChatRequest, *, whole: bool) -> AsyncIterator[_Admitted]:
+        """What to do for a request that nothing is wrong with. It is one row of the ledger, however often it is tried."""
+        with self._metered(caller, request, whole=whole) as metered, self._places(caller, request, request.n):
+            target, renderer, order, opening = await asyncio.to_thread(self._prepare, caller, request)
+            meter = metered(target, len(order.prompt_ids))
+            yield _Admitted(target, renderer, order, opening, meter)
+
+    @contextmanager
+    def _metered(
+        self, caller: Caller, request: ChatRequest | EmbeddingRequest, *, whole: bool
+    ) -> Iterator[Callable[[Target, int], Meter]]:
+        """Gives what begins the meter once target and tokens of the prompt are known, and ends it however the request ends."""
         begun_s = mono_s()
         meter: Meter | None = None
+
+        def begin(target: Target, prompt_tokens: int) -> Meter:
+            nonlocal meter
+            if not request.priority:
+                self._tokens.spend(caller.key_id, prompt_tokens)
+            meter = self._metering.begin(
+                caller, request, target, prompt_tokens=prompt_tokens, begun_s=begun_s, whole=whole
+            )
+            return meter
+
         try:
             if not request.priority:
                 self._check_token_rate(caller)
-            with self._places(caller, 0 if request.priority else request.n):
-                target, renderer, order, opening = await asyncio.to_thread(self._prepare, caller, request)
-                if not request.priority:
-                    self._tokens.spend(caller.key_id, len(order.prompt_ids))
-                meter = self._metering.begin(
-                    caller, request, target, prompt_tokens=len(order.prompt_ids), begun_s=begun_s, whole=whole
-                )
-                tools = request.conversation.tools if offers_tools(request) else ()
-                answers = [
-                    answer_deltas(
-                        choice,
-                        self._replies(caller, request, target, _order_of(choice, order), choice, meter),
-                        renderer.answer_parser(tools),
-                        renderer,
-                        opening=opening,
-                        one_call=request.one_call,
-                    )
-                    for choice in range(request.n)
-                ]
-                async with aclosing(_counted(answers, len(order.prompt_ids), meter)) as deltas:
-                    async for delta in deltas:
-                        yield delta
+            yield begin
         except TunewrightError as error:
             if meter is None:
                 self._metering.refused(error.code)
@@ -93,6 +108,24 @@ class CompletionService:
         finally:
             if meter is not None:
                 meter.end()  # whoever leaves before the end
+
+    async def _deltas(self, caller: Caller, request: ChatRequest, admitted: _Admitted) -> AsyncGenerator[Delta, None]:
+        order, meter, renderer = admitted.order, admitted.meter, admitted.renderer
+        tools = request.conversation.tools if offers_tools(request) else ()
+        answers = [
+            answer_deltas(
+                choice,
+                self._replies(caller, request, admitted.target, _order_of(choice, order), choice, meter),
+                renderer.answer_parser(tools),
+                renderer,
+                opening=admitted.opening,
+                one_call=request.one_call,
+            )
+            for choice in range(request.n)
+        ]
+        async with aclosing(_counted(answers, len(order.prompt_ids), meter)) as deltas:
+            async for delta in deltas:
+                yield delta
 
     async def _replies(
         self,
@@ -139,17 +172,19 @@ class CompletionService:
 
     async def complete(self, caller: Caller, request: ChatRequest) -> Completion:
         """All answers at once; raises like `stream`. Nobody has seen any of it, so an engine that is lost is no loss yet."""
-        try:
-            return await self._whole(caller, request)
-        except Unavailable as error:
-            if error.code != "engine_lost":
-                raise
-        return await self._whole(caller, request)
+        async with self._admitted(caller, request, whole=True) as admitted:
+            try:
+                return await self._whole(caller, request, admitted)
+            except Unavailable as error:
+                if error.code != "engine_lost":
+                    raise
+            admitted.meter.again()
+            return await self._whole(caller, request, admitted)
 
-    async def _whole(self, caller: Caller, request: ChatRequest) -> Completion:
+    async def _whole(self, caller: Caller, request: ChatRequest, admitted: _Admitted) -> Completion:
         deltas: list[list[Delta]] = [[] for _ in range(request.n)]
         usage: Usage | None = None
-        async with aclosing(self._stream(caller, request, whole=True)) as stream:
+        async with aclosing(self._deltas(caller, request, admitted)) as stream:
             async for delta in stream:
                 deltas[delta.choice].append(delta)
                 if isinstance(delta, Finish):
@@ -161,37 +196,19 @@ class CompletionService:
     async def embed(self, caller: Caller, request: EmbeddingRequest) -> EmbeddingAnswer:
         """A vector for each input. Raises NotFound (`model_not_found`), InvalidRequest (`embeddings_not_supported`,
         `context_length_exceeded`, `invalid_value`), RateLimited, Unavailable."""
-        begun_s = mono_s()
-        meter: Meter | None = None
-        try:
-            if not request.priority:
-                self._check_token_rate(caller)
-            with self._places(caller, 0 if request.priority else 1):
-                target, order = await asyncio.to_thread(self._embed_order, caller, request)
-                usage = Usage(prompt_tokens=sum(map(len, order.texts)), completion_tokens=0)
-                if not request.priority:
-                    self._tokens.spend(caller.key_id, usage.prompt_tokens)
-                meter = self._metering.begin(
-                    caller, request, target, prompt_tokens=usage.prompt_tokens, begun_s=begun_s, whole=True
-                )
-                vectors: dict[int, bytes] = {}
-                async with aclosing(self._serving.embed(target, order)) as replies:
-                    async for reply in replies:
-                        if isinstance(reply, Vector):
-                            vectors[reply.index] = reply.data
-                meter.first()
-                await meter.stored()
-                meter.end(usage)
-                return EmbeddingAnswer(vectors=in_order(vectors, request.dimensions), usage=usage)
-        except TunewrightError as error:
-            if meter is None:
-                self._metering.refused(error.code)
-            else:
-                meter.end(error=error.code)
-            raise
-        finally:
-            if meter is not None:
-                meter.end()  # whoever leaves before the end
+        with self._metered(caller, request, whole=True) as metered, self._places(caller, request, 1):
+            target, order = await asyncio.to_thread(self._embed_order, caller, request)
+            usage = Usage(prompt_tokens=sum(map(len, order.texts)), completion_tokens=0)
+            meter = metered(target, usage.prompt_tokens)
+            vectors: dict[int, bytes] = {}
+            async with aclosing(self._serving.embed(target, order)) as replies:
+                async for reply in replies:
+                    if isinstance(reply, Vector):
+                        vectors[reply.index] = reply.data
+            meter.first()
+            await meter.stored()
+            meter.end(usage)
+            return EmbeddingAnswer(vectors=in_order(vectors, request.dimensions), usage=usage)
 
     def _embed_order(self, caller: Caller, request: EmbeddingRequest) -> tuple[Target, Embed]:
         resolved = self._models.resolve(caller.project_id, request.model)
@@ -296,10 +313,10 @@ class CompletionService:
             raise RateLimited("token_rate_exceeded", sentence, retry_after_s=seconds, seconds=seconds)
 
     @contextmanager
-    def _places(self, caller: Caller, wanted: int) -> Iterator[None]:
+    def _places(self, caller: Caller, request: ChatRequest | EmbeddingRequest, wanted: int) -> Iterator[None]:
         """Every choice of a request counts as a completion under way."""
         limit = self._settings.max_streams_per_key
-        if not wanted:  # nobody waits: the loop that asks has limits of its own
+        if request.priority:  # nobody waits: the loop that asks has limits of its own
             yield
             return
         if self._under_way[caller.key_id] + wanted > limit:

@@ -9,9 +9,9 @@ The process lives in the folder `workers/{base}` (see `workers.py`).
 import asyncio
 import threading
 from collections import Counter
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from concurrent.futures import Future
-from contextlib import aclosing, contextmanager
+from contextlib import aclosing, asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,11 @@ import msgspec
 import structlog
 
 from tunewright.clock import mono_s
+from tunewright.deployments.attempts import attempts
 from tunewright.deployments.full_models import FullOrder, prove_full
 from tunewright.deployments.ports import Done, Embed, Generate, Prove, State, TokenText, Vector, WorkerSpec
-from tunewright.deployments.quarantine import Quarantine, fingerprint_of
-from tunewright.deployments.worker_client import WorkerAbsent, WorkerGone, WorkerSlow
+from tunewright.deployments.quarantine import Quarantine
+from tunewright.deployments.worker_client import WorkerGone, WorkerSlow
 from tunewright.deployments.workers import (
     StartFailed,
     Worker,
@@ -79,10 +80,10 @@ class Pool:
         (`request_quarantined`) for a request that has killed two workers, or what the engine refuses.
         """
         request = with_adapter(request, self._home, tuned)
-        fingerprint = fingerprint_of(base.code, request)
-        request = msgspec.structs.replace(request, fingerprint=fingerprint)
+        limit_s = None if request.priority else self._settings.first_token_limit_s or None
         with self._counted(base.code):
-            async with aclosing(self._tries(base, request)) as replies:
+            tries = attempts(self._quarantine, base.code, request, limit_s, lambda: self._place(base))
+            async with aclosing(tries) as replies:
                 async for reply in replies:
                     yield reply
 
@@ -90,10 +91,9 @@ class Pool:
         """The vectors of texts as they come. Raises Unavailable as `generate` does, or what the engine refuses."""
         with self._counted(base.code):
             for last_try in (False, True):
-                worker = self._workers.get(base.code) or await asyncio.wrap_future(self._ready(base))
                 started = False
                 try:
-                    async with aclosing(worker.client.embed(request)) as replies:
+                    async with self._place(base) as worker, aclosing(worker.client.embed(request)) as replies:
                         async for reply in replies:
                             started = True
                             yield reply
@@ -101,7 +101,6 @@ class Pool:
                 except WorkerSlow:
                     raise engine_busy() from None
                 except WorkerGone:
-                    await self._ask(base.code, worker)
                     if started or last_try:
                         raise engine_lost() from None
 
@@ -120,40 +119,14 @@ class Pool:
             with self._lock:
                 self._under_way[base_code] -= 1
 
-    async def _tries(self, base: Base, request: Generate) -> AsyncGenerator[TokenText | Done, None]:
-        limit_s = None if request.priority else self._settings.first_token_limit_s or None
-        for last_try in (False, True):
-            passenger = await self._quarantine.board(base.code, request.fingerprint, limit_s)
-            worker, started, answered = None, False, False
-            try:
-                worker = self._workers.get(base.code) or await asyncio.wrap_future(self._ready(base))
-                passenger.worker = worker.process.pid
-                async with aclosing(worker.client.generate(request, limit_s)) as replies:
-                    async for reply in replies:
-                        started = True
-                        if isinstance(reply, TokenText):
-                            passenger.n_tokens = reply.n_tokens
-                            if passenger.suspect:
-                                self._quarantine.progress(passenger)
-                        else:
-                            answered = True  # whoever has the last piece may not ask for another
-                        yield reply
-                return
-            except TunewrightError:
-                answered = True
-                raise
-            except WorkerSlow:
-                raise engine_busy() from None
-            except WorkerGone as gone:
-                if isinstance(gone, WorkerAbsent):
-                    passenger.worker = 0  # it was never aboard
-                if worker is not None:
-                    await self._ask(base.code, worker)
-                if started or last_try:
-                    self._quarantine.check(request.fingerprint)
-                    raise engine_lost() from None
-            finally:
-                self._quarantine.leave(passenger, answered=answered)
+    @asynccontextmanager
+    async def _place(self, base: Base) -> AsyncIterator[Worker]:
+        worker = self._workers.get(base.code) or await asyncio.wrap_future(self._ready(base))
+        try:
+            yield worker
+        except WorkerGone:
+            await self._ask(base.code, worker)
+            raise
 
     def warm(self, base: Base) -> None:
         """Start the worker of `base` in the background, if it is not there. Whoever needs it learns how that went."""

@@ -2,22 +2,23 @@
 
 import asyncio
 import re
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing, asynccontextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from tunewright.clock import mono_s
+from tunewright.deployments.attempts import attempts
 from tunewright.deployments.pool import Pool
 from tunewright.deployments.ports import Done, Embed, Generate, State, TokenText, Vector
-from tunewright.deployments.quarantine import fingerprint_of
 from tunewright.deployments.reconciler import Reconciler, Running, event_of
 from tunewright.deployments.records import FAILED, RETIRED, Deployment
 from tunewright.deployments.replicas import Replica
-from tunewright.deployments.worker_client import WorkerAbsent, WorkerGone, WorkerSlow
-from tunewright.deployments.workers import engine_busy, engine_lost, engine_overloaded, states_of, with_adapter
-from tunewright.errors import InvalidRequest, NotFound, TunewrightError, Unavailable
+from tunewright.deployments.worker_client import WorkerGone
+from tunewright.deployments.workers import Worker, engine_overloaded, states_of, with_adapter
+from tunewright.errors import InvalidRequest, NotFound, Unavailable
 from tunewright.i18n import mark
 from tunewright.models.records import FULL, Base, TunedModel
 from tunewright.models.service import ModelService
@@ -128,48 +129,30 @@ class Serving:
     async def _from_instance(self, deployment: Deployment, request: Generate) -> AsyncGenerator[TokenText | Done, None]:
         """A replica that dies before the first piece costs the caller nothing as long as there is another."""
         running = await self._awake(deployment)
-        request = msgspec.structs.replace(request, fingerprint=fingerprint_of(deployment.id, request))
         limit_s = None if request.priority else self._settings.first_token_limit_s or None
-        for last_try in (False, True):
-            passenger = await self._reconciler.quarantine.board(deployment.id, request.fingerprint, limit_s)
-            replica, started, answered = _least_busy(running), False, False
-            if replica is None or replica.worker is None:
-                self._reconciler.quarantine.leave(passenger, answered=False)
-                raise self._not_ready(running)
-            passenger.worker = replica.worker.process.pid
-            replica.in_flight += 1
+        place = partial(self._place, deployment, running)
+        async with aclosing(attempts(self._reconciler.quarantine, deployment.id, request, limit_s, place)) as replies:
+            async for reply in replies:
+                yield reply
+
+    @asynccontextmanager
+    async def _place(self, deployment: Deployment, running: Running) -> AsyncIterator[Worker]:
+        replica = _least_busy(running)
+        if replica is None or replica.worker is None:
+            raise self._not_ready(running)
+        replica.in_flight += 1
+        running.called_s = mono_s()
+        try:
+            yield replica.worker
+        except WorkerGone:
+            replica.suspect()
+            self._reconciler.wake()
+            if running.retired:
+                raise _undeployed(deployment.name) from None
+            raise
+        finally:
+            replica.in_flight -= 1
             running.called_s = mono_s()
-            try:
-                async with aclosing(replica.worker.client.generate(request, limit_s)) as replies:
-                    async for reply in replies:
-                        started = True
-                        if isinstance(reply, TokenText):
-                            passenger.n_tokens = reply.n_tokens
-                            if passenger.suspect:
-                                self._reconciler.quarantine.progress(passenger)
-                        else:
-                            answered = True
-                        yield reply
-                return
-            except TunewrightError:
-                answered = True
-                raise
-            except WorkerSlow:
-                raise engine_busy() from None
-            except WorkerGone as gone:
-                if isinstance(gone, WorkerAbsent):
-                    passenger.worker = 0  # it was never aboard
-                replica.suspect()
-                self._reconciler.wake()
-                if running.retired:
-                    raise _undeployed(deployment.name) from None
-                if started or last_try:
-                    self._reconciler.quarantine.check(request.fingerprint)
-                    raise engine_lost() from None
-            finally:
-                replica.in_flight -= 1
-                running.called_s = mono_s()
-                self._reconciler.quarantine.leave(passenger, answered=answered)
 
     async def _awake(self, deployment: Deployment) -> Running:
         """What is known of it; one that sleeps is woken and waited for."""

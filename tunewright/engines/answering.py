@@ -10,7 +10,7 @@ import msgspec
 
 from tunewright.deployments.one_answer import ANSWER, ORDER
 from tunewright.engines.placement import use_threads
-from tunewright.engines.rows import trouble_of
+from tunewright.engines.tickets import trouble_of
 from tunewright.errors import TunewrightError
 from tunewright.files_on_disk import write_atomically
 

@@ -20,8 +20,8 @@ from tunewright.deployments.ports import (
     decode_request,
     encode_line,
 )
-from tunewright.engines.rows import trouble_of
 from tunewright.engines.serving import ServingEngine
+from tunewright.engines.tickets import trouble_of
 from tunewright.errors import InvalidRequest, TunewrightError
 from tunewright.i18n import mark
 

@@ -8,7 +8,7 @@ from tunewright.deployments.ports import Done, Embed, EngineReply, Vector
 from tunewright.engines.batch import Part, make_batch
 from tunewright.engines.decoder import Decoder
 from tunewright.engines.kv_cache import SlotCache
-from tunewright.engines.rows import Ticket
+from tunewright.engines.tickets import Ticket
 from tunewright.errors import TunewrightError
 from tunewright.i18n import mark
 

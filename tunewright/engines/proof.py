@@ -7,7 +7,7 @@ from tunewright.engines.adapter_files import Adapter, adapter_invalid
 from tunewright.engines.batch import Part, make_batch
 from tunewright.engines.decoder import Decoder
 from tunewright.engines.kv_cache import SlotCache
-from tunewright.engines.rows import Ticket
+from tunewright.engines.tickets import Ticket
 from tunewright.errors import InvalidRequest
 from tunewright.i18n import mark
 

@@ -1,11 +1,13 @@
 """What the worker asks of an engine, ours or vLLM's."""
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from tunewright.deployments.ports import Embed, EngineReply, EngineRequest, Generate, Prove, State, Unload
-from tunewright.engines.constraints import Constraint
-from tunewright.engines.rows import Ticket
+from tunewright.engines.tickets import Ticket
+
+if TYPE_CHECKING:
+    from tunewright.engines.constraints import Constraint
 
 
 class ServingEngine(Protocol):
@@ -20,7 +22,7 @@ class ServingEngine(Protocol):
         """A snapshot for `Health`."""
         ...
 
-    def constraint(self, request: EngineRequest) -> Constraint | None:
+    def constraint(self, request: EngineRequest) -> "Constraint | None":
         """What `submit` needs of a request with a grammar. Raises InvalidRequest(`invalid_schema`)."""
         ...
 
@@ -28,7 +30,7 @@ class ServingEngine(Protocol):
         self,
         request: Generate | Prove | Embed | Unload,
         deliver: Callable[[EngineReply], None],
-        constraint: Constraint | None = None,
+        constraint: "Constraint | None" = None,
     ) -> Ticket:
         """Queue a request; replies come through `deliver` on the engine's thread.
 

@@ -37,8 +37,9 @@ from tunewright.engines.embedding import Embedding
 from tunewright.engines.kv_cache import SlotCache
 from tunewright.engines.placement import Placement
 from tunewright.engines.proof import Probe
-from tunewright.engines.rows import Row, RunningRows, Ticket
+from tunewright.engines.rows import Row, RunningRows
 from tunewright.engines.sampling import Sampler
+from tunewright.engines.tickets import Ticket
 from tunewright.errors import TunewrightError, Unavailable
 from tunewright.i18n import mark
 

@@ -37,8 +37,9 @@ from tunewright.engines.admission import check_request
 from tunewright.engines.answer_text import AnswerText
 from tunewright.engines.constraints import Constraint
 from tunewright.engines.mixed_batch import Step, faults
-from tunewright.engines.rows import Row, Ticket
+from tunewright.engines.rows import Row
 from tunewright.engines.sampling import Sampler
+from tunewright.engines.tickets import Ticket
 from tunewright.engines.vllm_adapters import RANKS, exported, linears_of, write_adapter
 from tunewright.errors import InvalidRequest, Misconfigured, TunewrightError, Unavailable
 from tunewright.i18n import mark
