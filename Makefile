@@ -34,7 +34,7 @@ soak: $(VENV)/.dev            ## The long tests
 bench-train: $(VENV)/.installed  ## Our trainer beside its peers; ARGS="--quick" for less
 	$(BIN)/python benchmarks/bench_train.py $(ARGS)
 
-bench-serve: $(VENV)/.installed  ## Our engine beside its peers; ARGS="--concurrent 8 32" for less
+bench-serve: $(VENV)/.installed  ## Our engine beside its peers; ARGS="--quick" for less
 	$(BIN)/python benchmarks/bench_serve.py $(ARGS)
 
 check: $(VENV)/.dev           ## Lint, format, types and import rules; under a minute

@@ -1,7 +1,8 @@
-"""How cost grows: `python benchmarks/serve_scaling.py MODEL_FOLDER [--plot docs/serving-speed.svg]`.
+"""How cost grows: `python benchmarks/serve_scaling.py MODEL_FOLDER [--plot docs/serving-speed.svg --machine "one core of ..."]`.
 
-The same requests as in serve_speed.py on one core: 1, 2, 4 ... 64 at once to the base and over four adapters, then 64 at once
-(or as many as `--at`) over 1, 4, 16 and 64 adapters. Prints a table and draws throughput and time to the first token.
+Prompts of 32 tokens and 32 new ones, greedy, everything on one core: 1, 2, 4 ... 64 requests at once to the base and over four
+adapters, then 64 at once over 1, 2, 4 ... 64 adapters of rank 16. Prints a table and draws throughput and time to the first
+token. Takes six minutes or so on a core that multiplies at 50 GFLOP/s.
 """
 
 import argparse
@@ -9,82 +10,94 @@ import asyncio
 import math
 import os
 import sys
+from html import escape
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 from serve_speed import Figures, load, process_of, run, vocabulary_of, worker_with
 
-WIDTH, HEIGHT, LEFT, TOP, BOTTOM = 330, 230, 46, 34, 40
-COLOURS = ("#2563eb", "#dc2626")
+PROMPT_TOKENS, NEW_TOKENS, SOME = 32, 32, 4
+WIDTH, HEIGHT, LEFT, TOP, BOTTOM = 380, 250, 52, 40, 42
+CAPTION = 26
+STYLE = """text{fill:#1f2937;font:12px sans-serif}.paper{fill:#fff}.grid{stroke:#d1d5db}.title{font-weight:bold}
+path.a{stroke:#1d4ed8}path.b{stroke:#b91c1c}path.a,path.b{fill:none;stroke-width:2}
+circle.a,text.a{fill:#1d4ed8}circle.b,text.b{fill:#b91c1c}
+@media(prefers-color-scheme:dark){text{fill:#e5e7eb}.paper{fill:#0d1117}.grid{stroke:#374151}
+path.a{stroke:#93c5fd}path.b{stroke:#fca5a5}circle.a,text.a{fill:#93c5fd}circle.b,text.b{fill:#fca5a5}}"""
 
-Curve = list[tuple[int, float]]
+Curve = dict[int, float]
 
 
 def panel(x: int, y: int, title: str, below: str, curves: dict[str, Curve]) -> list[str]:
     """Lines of SVG: powers of two from left to right, values from zero up."""
-    wide, high = WIDTH - LEFT - 14, HEIGHT - TOP - BOTTOM
-    values = [value for curve in curves.values() for _, value in curve]
-    last = max(math.log2(n) for curve in curves.values() for n, _ in curve) or 1
+    wide, high = WIDTH - LEFT - 18, HEIGHT - TOP - BOTTOM
+    values = [value for curve in curves.values() for value in curve.values()]
+    numbers = sorted({n for curve in curves.values() for n in curve})
+    last = math.log2(numbers[-1]) or 1
     step = 10 ** math.floor(math.log10(max(values)))
-    step = step / 2 if max(values) / step < 3 else step
+    step = step / 2 if max(values) / step < 3 else step * 2 if max(values) / step > 6 else step
     top = step * math.ceil(max(values) / step)
 
     def place(n: float, value: float) -> tuple[float, float]:
         return x + LEFT + wide * math.log2(n) / last, y + TOP + high * (1 - value / top)
 
-    lines = [f'<text x="{x + LEFT}" y="{y + 16}" font-weight="bold">{title}</text>']
+    lines = [f'<text class="title" x="{x + LEFT}" y="{y + 22}">{title}</text>']
     for i in range(round(top / step) + 1):
         _, level = place(1, i * step)
-        lines.append(f'<path d="M{x + LEFT} {level:.1f}h{wide}" stroke="#ddd"/>')
+        lines.append(f'<path class="grid" d="M{x + LEFT} {level:.1f}h{wide}"/>')
         lines.append(f'<text x="{x + LEFT - 6}" y="{level + 4:.1f}" text-anchor="end">{i * step:g}</text>')
-    for n in sorted({n for curve in curves.values() for n, _ in curve}):
+    for n in numbers:
         across, _ = place(n, 0)
-        lines.append(f'<text x="{across:.1f}" y="{y + TOP + high + 16}" text-anchor="middle">{n}</text>')
-    middle = x + LEFT + wide / 2
-    lines.append(f'<text x="{middle}" y="{y + TOP + high + 33}" text-anchor="middle">{below}</text>')
+        lines.append(f'<text x="{across:.1f}" y="{y + TOP + high + 17}" text-anchor="middle">{n}</text>')
+    lines.append(f'<text x="{x + LEFT + wide / 2}" y="{y + TOP + high + 35}" text-anchor="middle">{below}</text>')
     for i, (name, curve) in enumerate(curves.items()):
-        points = [place(n, value) for n, value in curve]
+        colour = "ab"[i]
+        points = [place(n, value) for n, value in curve.items()]
         path = "M" + "L".join(f"{across:.1f} {level:.1f}" for across, level in points)
-        lines.append(f'<path d="{path}" fill="none" stroke="{COLOURS[i]}" stroke-width="2"/>')
-        lines += [f'<circle cx="{a:.1f}" cy="{b:.1f}" r="2.5" fill="{COLOURS[i]}"/>' for a, b in points]
+        lines.append(f'<path class="{colour}" d="{path}"/>')
+        lines += [f'<circle class="{colour}" cx="{a:.1f}" cy="{b:.1f}" r="3"/>' for a, b in points]
         if len(curves) > 1:
-            lines.append(f'<text x="{x + LEFT + 8}" y="{y + TOP + 14 + 15 * i}" fill="{COLOURS[i]}">{name}</text>')
+            lines.append(f'<text class="{colour}" x="{x + LEFT + 8}" y="{y + TOP + 14 + 16 * i}">{name}</text>')
     return lines
 
 
-def picture(base: dict[int, Figures], mixed: dict[int, Figures], spread: dict[int, Figures], at: int) -> str:
-    """Four panels as one SVG."""
+def picture(base: dict[int, Figures], mixed: dict[int, Figures], spread: dict[int, Figures], machine: str) -> str:
+    """Four panels as one SVG that follows a reader's light or dark setting."""
 
     def speed(found: dict[int, Figures]) -> Curve:
-        return [(n, one.tokens_per_cpu_s) for n, one in found.items()]
+        return {n: one.tokens_per_cpu_s for n, one in found.items()}
 
     def wait(found: dict[int, Figures]) -> Curve:
-        return [(n, one.ttft_ms / 1000) for n, one in found.items()]
+        return {n: one.ttft_ms / 1000 for n, one in found.items()}
 
-    by_requests, by_adapters = "requests at once", f"adapters, {at} requests at once"
+    most = max(base)
+    tokens, first = "throughput (output tokens per CPU-second)", "time to the first token (seconds, median)"
+    by_requests, by_adapters = "requests at once", f"adapters of rank 16, with {most} requests at once"
+    some = f"over {SOME} adapters"
     panels = [
-        panel(0, 0, "output tokens per CPU-second", by_requests, {"base": speed(base), "4 adapters": speed(mixed)}),
-        panel(
-            WIDTH, 0, "seconds to the first token (p50)", by_requests, {"base": wait(base), "4 adapters": wait(mixed)}
-        ),
-        panel(0, HEIGHT, "output tokens per CPU-second", by_adapters, {"": speed(spread)}),
-        panel(WIDTH, HEIGHT, "seconds to the first token (p50)", by_adapters, {"": wait(spread)}),
+        panel(0, 0, tokens, by_requests, {"base": speed(base), some: speed(mixed)}),
+        panel(WIDTH, 0, first, by_requests, {"base": wait(base), some: wait(mixed)}),
+        panel(0, HEIGHT, tokens, by_adapters, {"": speed(spread)}),
+        panel(WIDTH, HEIGHT, first, by_adapters, {"": wait(spread)}),
     ]
     body = "\n".join(line for lines in panels for line in lines)
+    caption = f"{PROMPT_TOKENS}-token prompts, {NEW_TOKENS} new tokens; {machine}"
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{2 * WIDTH}" height="{2 * HEIGHT}" font-family="sans-serif" '
-        f'font-size="11"><rect width="100%" height="100%" fill="white"/>\n{body}\n</svg>\n'
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {2 * WIDTH} {2 * HEIGHT + CAPTION}" width="{2 * WIDTH}">'
+        f"<style>{STYLE}</style>\n"
+        f'<rect class="paper" width="100%" height="100%"/>\n{body}\n'
+        f'<text x="{WIDTH}" y="{2 * HEIGHT + 10}" text-anchor="middle">{escape(caption)}</text>\n</svg>\n'
     )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
-    parser.add_argument("--most", type=int, default=64)
-    parser.add_argument("--at", type=int, default=64, help="requests at once over growing numbers of adapters")
+    parser.add_argument("--most", type=int, default=64, help="requests, and adapters; a power of two")
     parser.add_argument("--weights", default="exact", choices=["exact", "int8"])
     parser.add_argument("--core", type=int, default=0)
     parser.add_argument("--plot", type=Path)
+    parser.add_argument("--machine", default="one core", help="what the picture says of the machine")
     given = parser.parse_args()
     os.sched_setaffinity(0, {given.core})
     numbers = [2**i for i in range(given.most.bit_length())]
@@ -94,16 +107,17 @@ def main() -> None:
         load(worker, adapters)
 
         def one(n: int, count: int) -> Figures:
-            found = asyncio.run(run(worker.port, process, vocabulary, n, adapters[:count]))
+            shape = {"prompt_tokens": PROMPT_TOKENS, "new_tokens": NEW_TOKENS}
+            found = asyncio.run(run(worker.port, process, vocabulary, n, adapters[:count], **shape))
             print(f"| {n} | {count} | {found.tokens_per_cpu_s:.0f} | {found.ttft_ms / 1000:.2f} |", flush=True)
             return found
 
         print("| requests | adapters | tokens per CPU-s | TTFT p50 s |\n|---|---|---|---|")
         base = {n: one(n, 0) for n in numbers}
-        mixed = {n: one(n, 4) for n in numbers}
-        spread = {count: one(given.at, count) for count in numbers[::2]}
+        mixed = {n: one(n, SOME) for n in numbers}
+        spread = {count: mixed[given.most] if count == SOME else one(given.most, count) for count in numbers}
     if given.plot:
-        given.plot.write_text(picture(base, mixed, spread, given.at), encoding="utf-8")
+        given.plot.write_text(picture(base, mixed, spread, given.machine), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -92,17 +92,20 @@ class Figures(NamedTuple):
         )
 
 
-def prompts(n: int, adapters: int, vocabulary: int) -> list[list[int]]:
+def prompts(n: int, adapters: int, vocabulary: int, tokens: int = PROMPT_TOKENS) -> list[list[int]]:
     """Those of a run of n requests; peers get the same. Other runs have others: nothing is to be remembered."""
     rng = random.Random(1000 * n + adapters)
-    return [[rng.randrange(100, vocabulary) for _ in range(PROMPT_TOKENS)] for _ in range(n)]
+    return [[rng.randrange(100, vocabulary) for _ in range(tokens)] for _ in range(n)]
 
 
-async def run(port: int, process: psutil.Process, vocabulary: int, n: int, adapters: list[dict[str, str]]) -> Figures:
+async def run(
+    port: int, process: psutil.Process, vocabulary: int, n: int, adapters: list[dict[str, str]],
+    *, prompt_tokens: int = PROMPT_TOKENS, new_tokens: int = NEW_TOKENS,
+) -> Figures:  # fmt: skip
     """n requests at once, spread over the adapters; without any, all to the base."""
     requests: list[dict[str, Any]] = [
-        {"prompt_ids": prompt, "max_tokens": NEW_TOKENS, **(adapters[i % len(adapters)] if adapters else {})}
-        for i, prompt in enumerate(prompts(n, len(adapters), vocabulary))
+        {"prompt_ids": prompt, "max_tokens": new_tokens, **(adapters[i % len(adapters)] if adapters else {})}
+        for i, prompt in enumerate(prompts(n, len(adapters), vocabulary, prompt_tokens))
     ]
     began, busy = time.perf_counter(), sum(process.cpu_times()[:2])
     results = await asyncio.gather(*(one_request(port, values) for values in requests))
@@ -121,7 +124,7 @@ def worker_with(model: Path, adapters: int, **changes: Any) -> Iterator[tuple[Wo
         spec = worker_spec(
             model, base_code=BASE_CODE, adapters=max(1, adapters), queue=256, context_tokens=1024, **changes
         )
-        worker = WorkerRun(Path(folder) / "worker", spec).start()
+        worker = WorkerRun(Path(folder) / "worker", spec).start(limit_s=600)
         try:
             yield worker, written
         finally:

@@ -9,6 +9,7 @@ import pytest
 from safetensors.numpy import load_file
 from tokenizers import Tokenizer
 
+from benchmarks.peers.gguf_files import write_base
 from tests.tiny_gguf import CONTEXT, tiny_weights, write_tiny_gguf
 from tests.tiny_models import CHATML
 from tunewright.errors import Misconfigured, StorageFull
@@ -51,6 +52,18 @@ def test_tokenizer_merges_and_splits_digits_singly(converted: Path) -> None:
     ]
     text = "naïve 12  你好 🙂\n\tx=3.14"
     assert tokenizer.decode(tokenizer.encode(text).ids) == text
+
+
+def test_what_the_benchmarks_write_for_peers_is_the_same_model(converted: Path, tmp_path: Path) -> None:
+    again = tmp_path / "again"
+    again.mkdir()
+    convert_gguf(write_base(converted, tmp_path / "again.gguf", "F32"), again)
+    found, expected = load_file(again / "model.safetensors"), load_file(converted / "model.safetensors")
+    assert found.keys() == expected.keys()
+    for name, weight in expected.items():
+        np.testing.assert_array_equal(found[name], weight)
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        assert (again / name).read_text() == (converted / name).read_text()
 
 
 def test_logits_are_those_of_transformers_own_loader(converted: Path, tmp_path: Path) -> None:

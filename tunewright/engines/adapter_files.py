@@ -204,7 +204,7 @@ def _pair_up(
             problems.append(f"{name}: dtype {str(tensor.dtype).removeprefix('torch.')} instead of a 16 or 32 bit float")
         elif rank is not None and tuple(tensor.shape) != expected:
             problems.append(f"{name}: shape {list(tensor.shape)} instead of {list(expected)}")
-        elif not (torch.isfinite(tensor.sum()) or torch.isfinite(tensor).all()):  # the sum is quick
+        elif not (math.isfinite(tensor.sum().item()) or torch.isfinite(tensor).all()):  # the sum is quick
             problems.append(f"{name}: not all numbers are finite")
     for module, found in sides.items():
         for side in {"A", "B"} - set(found):
