@@ -10,7 +10,7 @@ import pytest
 from openai import OpenAI
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.live_server import LiveServer
+from tests.live_server import LiveServer, chat_rows
 
 TOKEN = "a token of the operator's choice"
 
@@ -18,7 +18,7 @@ TOKEN = "a token of the operator's choice"
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Iterator[LiveServer]:
     server = LiveServer(tmp_path_factory.mktemp("metrics") / "home", TUNEWRIGHT_METRICS_TOKEN=TOKEN)
-    server.run("models", "add", str(tiny_base), "--code", "tiny")
+    server.add_base(tiny_base)
     server.start()
     yield server
     server.stop()
@@ -66,6 +66,37 @@ def test_calls_are_counted(server: LiveServer) -> None:
             assert time.monotonic() < deadline, "the ledger says what the answers said, a moment later"
             time.sleep(0.1)
     assert (totals["requests"], totals["errors"], totals["interrupted"]) == (2, 0, 0)
+
+
+def test_the_server_tells_of_itself(server: LiveServer) -> None:
+    before = read(server)
+    with server.api("") as api:
+        assert api.get("/v1/files").status_code == 200
+        assert api.get("/v1/files/file-of-nobody").status_code == 404
+        assert api.get("/v1/a-path-of-my-own").status_code == 404
+        assert api.request("PROPFIND", "/v1/files").status_code == 405
+    assert httpx.get(f"{server.address}/v1/files", trust_env=False).status_code == 401
+    job = server.wait(server.create_job(server.upload(chat_rows(4)), hyperparameters={"n_epochs": 1}))
+    found = read(server)
+
+    def grown(sample: str) -> float:
+        return found.get(sample, 0) - before.get(sample, 0)
+
+    assert grown("tunewright_http_requests_total method=GET route=/v1/files status=200") == 1
+    assert grown("tunewright_http_requests_total method=GET route=/v1/files/{file_id} status=404") == 1
+    assert grown("tunewright_http_requests_total method=GET status=404") == 1
+    assert grown("tunewright_http_requests_total method=GET status=401") == 1
+    assert grown("tunewright_http_requests_total method=other route=/v1/files status=405") == 1
+    assert grown("tunewright_http_request_seconds_count method=GET route=/v1/files") == 1
+    assert grown("tunewright_http_request_seconds_sum method=GET route=/v1/files") > 0
+    assert not any(word in sample for sample in found for word in ("nobody", "my-own", "PROPFIND"))
+    assert grown(f"tunewright_jobs_ended_day state={job['status']}") == 1
+    assert [found[f"tunewright_jobs state={state}"] for state in ("queued", "running")] == [0, 0]
+    assert found["tunewright_jobs_oldest_wait_seconds"] == 0
+    assert found["tunewright_database_up"] == 1 and 0 < found["tunewright_database_probe_seconds"] < 60
+    assert grown("tunewright_event_loop_lag_seconds_count") > 0
+    assert found["tunewright_home_free_bytes"] > 0
+    assert found["process_resident_memory_bytes"] > 2**20 and found["process_open_fds"] > 3
 
 
 def test_only_the_operators_token_opens_them(server: LiveServer) -> None:

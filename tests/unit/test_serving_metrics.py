@@ -5,9 +5,14 @@ from typing import Any
 
 from prometheus_client.parser import text_string_to_metric_families
 
+from tests.contract.rows import job
 from tunewright.accounts.usage import UsageLedger
+from tunewright.api.server_metrics import ServerMetrics
+from tunewright.clock import wall_s
 from tunewright.completions.metrics import OTHER, ServingMetrics
 from tunewright.deployments.ports import State
+from tunewright.settings import Settings
+from tunewright.wiring import Platform
 
 DOCS = Path(__file__).parents[2] / "docs" / "operations.md"
 
@@ -65,13 +70,61 @@ def test_engines_say_their_own_numbers() -> None:
     }
 
 
-def test_every_metric_is_documented_and_every_documented_one_exists() -> None:
+def platform_of(home: Path) -> Platform:
+    platform = Platform(Settings(home=home))
+    platform.prepare()
+    return platform
+
+
+def test_a_database_that_is_gone_costs_its_own_numbers_only(tmp_path: Path) -> None:
+    platform = platform_of(tmp_path / "home")
+    metrics = ServerMetrics(platform)
+    metrics.answered("GET", "/v1/files", 200, 0.1)
+    assert b"tunewright_database_up 1.0" in metrics.text()
+    platform.storage.close()
+    platform.home.database.rename(tmp_path / "away")
+    platform.home.database.mkdir()
+    text = metrics.text().decode()
+    assert "tunewright_database_up 0.0" in text and "tunewright_home_free_bytes" in text
+    assert 'tunewright_http_requests_total{method="GET",route="/v1/files",status="200"} 1.0' in text
+    assert "tunewright_jobs" not in text, "no number is better than a wrong one"
+
+
+def test_queued_jobs_are_counted_and_the_oldest_wait_told(tmp_path: Path) -> None:
+    platform = platform_of(tmp_path / "home")
+    with platform.storage.write() as tx:
+        (mine,) = tx.projects.all()
+        for number, status in enumerate(("queued", "queued", "running", "failed")):
+            ended = wall_s() if status == "failed" else None
+            row = job(mine.id, status=status, created_at=wall_s() - 100 * (number + 1), finished_at=ended)
+            tx.jobs.insert(row)
+    text = ServerMetrics(platform).text().decode()
+    found = {
+        s.name + s.labels.get("state", ""): s.value for f in text_string_to_metric_families(text) for s in f.samples
+    }
+    assert (found["tunewright_jobsqueued"], found["tunewright_jobsrunning"], found["tunewright_jobspaused"]) == (
+        2,
+        1,
+        0,
+    )
+    assert found["tunewright_jobs_ended_dayfailed"] == 1
+    assert 200 <= found["tunewright_jobs_oldest_wait_seconds"] < 260
+    platform.storage.close()
+
+
+def test_every_metric_is_documented_and_every_documented_one_exists(tmp_path: Path) -> None:
     metrics = metrics_of(1)
+    platform = platform_of(tmp_path / "home")
+    server = ServerMetrics(platform)
+    server.answered("GET", "", 200, 0.1)
     metrics.ended(metrics.of("tiny", ""), "/chat/completions", "ok")
     metrics.refused("x")
-    text = metrics.text([]).decode()
+    text = (metrics.text([]) + server.text()).decode()
+    platform.storage.close()
     families = {
-        family.name + ("_total" if family.type == "counter" else "") for family in text_string_to_metric_families(text)
+        family.name + ("_total" if family.type == "counter" else "")
+        for family in text_string_to_metric_families(text)
+        if not family.name.startswith("process_")  # the library's own
     }
     section = DOCS.read_text("utf-8").partition("## Metrics")[2].partition("\n## ")[0]
     rows = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `tunewright")]

@@ -13,6 +13,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tunewright.api.errors import ErrorAnswer, ErrorTable, answer_to, server_stopping, table_of, unexpected
+from tunewright.api.server_metrics import ServerMetrics
 from tunewright.clock import mono_s
 from tunewright.errors import Misconfigured, TunewrightError
 from tunewright.i18n import preferred_language
@@ -85,8 +86,9 @@ class Exchange:
 class Access:
     """ASGI middleware; the first one."""
 
-    def __init__(self, app: ASGIApp, tables: tuple[ErrorTable, ...], language: str) -> None:
+    def __init__(self, app: ASGIApp, tables: tuple[ErrorTable, ...], language: str, metrics: ServerMetrics) -> None:
         self._app = app
+        self._metrics = metrics
         self._tables = tables
         self._language = language
 
@@ -115,7 +117,9 @@ class Access:
                 await send_answer(exchange.answer(server_stopping()), labelled)
             raise
         finally:
-            _write_line(exchange, scope)
+            seconds, route = mono_s() - exchange.started_at, getattr(scope.get("route"), "path", None)
+            self._metrics.answered(scope["method"], route or "", exchange.status, seconds)
+            _write_line(exchange, scope, route, seconds)
 
     async def _answered(self, exchange: Exchange, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -158,9 +162,8 @@ def _own_headers(exchange: Exchange) -> list[tuple[bytes, bytes]]:
     return headers
 
 
-def _write_line(exchange: Exchange, scope: Scope) -> None:
+def _write_line(exchange: Exchange, scope: Scope, route: str | None, seconds: float) -> None:
     """One line per request. Never the query, the headers or the body: they may hold secrets or a tenant's data."""
-    route = scope.get("route")
     caller = exchange.caller
     log.info(
         "request",
@@ -168,9 +171,9 @@ def _write_line(exchange: Exchange, scope: Scope) -> None:
         client_request_id=exchange.client_request_id,
         method=str(scope["method"])[:16],
         path=exchange.path[:_LONGEST_LOGGED_PATH],
-        route=getattr(route, "path", None),
+        route=route,
         status=exchange.status,
-        ms=round((mono_s() - exchange.started_at) * 1000, 1),
+        ms=round(seconds * 1000, 1),
         project_id=caller and caller.project_id,
         key_id=caller and caller.key_id,
         **exchange.log_values,

@@ -41,6 +41,7 @@ from tunewright.api.openai import files as openai_files
 from tunewright.api.openai import fine_tuning as openai_fine_tuning
 from tunewright.api.openai import models as openai_models
 from tunewright.api.openai import uploads as openai_uploads
+from tunewright.api.server_metrics import ServerMetrics
 from tunewright.api.zhipu import async_chat as zhipu_async_chat
 from tunewright.api.zhipu import batches as zhipu_batches
 from tunewright.api.zhipu import chat as zhipu_chat
@@ -88,6 +89,7 @@ ROUTERS = (
 def create_app(platform: Platform) -> FastAPI:
     """The ASGI application. Its lifespan starts and stops `platform`."""
     settings = platform.settings
+    metrics = ServerMetrics(platform)
     app = FastAPI(
         title="Tunewright",
         version=__version__,
@@ -97,7 +99,7 @@ def create_app(platform: Platform) -> FastAPI:
         openapi_url="/openapi.json",
         redirect_slashes=False,
         middleware=[
-            Middleware(Access, tables=ERROR_TABLES, language=settings.language),
+            Middleware(Access, tables=ERROR_TABLES, language=settings.language, metrics=metrics),
             Middleware(Draining, platform=platform),
             Middleware(HostCheck, allowed=allowed_hosts(settings)),
             Middleware(PathCheck),
@@ -109,6 +111,7 @@ def create_app(platform: Platform) -> FastAPI:
         exception_handlers={HTTPException: _raise_http, RequestValidationError: _raise_validation},  # type: ignore[dict-item]
     )
     app.state.platform = platform
+    app.state.metrics = metrics
     platform.speeches.update(speeches(platform))
     app.state.job_watches = JobWatches()
     for router in ROUTERS:
@@ -137,7 +140,8 @@ async def _lifespan(app: FastAPI) -> AsyncGenerator[None, None]:
     platform: Platform = app.state.platform
     await run_in_threadpool(platform.start)
     try:
-        yield
+        async with app.state.metrics.watching_loop():
+            yield
     finally:
         await run_in_threadpool(platform.stop)
 
