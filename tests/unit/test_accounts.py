@@ -167,7 +167,8 @@ def test_keys_belong_to_their_project(accounts: AccountService) -> None:
     theirs = accounts.authenticate(f"Bearer {accounts.create_key('theirs', other.id)}")
     ours = accounts.authenticate(f"Bearer {accounts.create_key('ours')}")
     assert (theirs.project_id, ours.project_id) == (other.id, first.project_id)
-    assert {key.name for key in accounts.list_keys(first.project_id)} == {"first", "ours"}
+    with accounts._storage.read() as tx:
+        assert {key.name for key in tx.keys.list(first.project_id)} == {"first", "ours"}
     with pytest.raises(NotFound):
         accounts.create_key("nobody's", "proj-none")
 

@@ -88,11 +88,6 @@ class AccountService:
             tx.keys.insert(key)
         return text
 
-    def list_keys(self, project_id: str) -> list[ApiKey]:
-        """All keys of a project, revoked ones too, oldest first."""
-        with self._storage.read() as tx:
-            return tx.keys.list(project_id)
-
     def revoke(self, project_id: str, key_id: str) -> None:
         """End a key at once. Raises NotFound (`key_not_found`) if there is no such live key in the project."""
         with self._storage.write() as tx:

@@ -3,6 +3,8 @@
 from collections.abc import Collection
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict, model_validator
+
 from tunewright.errors import InvalidRequest, quote
 from tunewright.i18n import mark
 
@@ -26,6 +28,17 @@ def refuse_others(body: Any, known: Collection[str]) -> Any:
     if isinstance(body, dict) and (others := body.keys() - known):
         raise _unknown(quote(min(others)))
     return body
+
+
+class StrictBody(BaseModel):
+    """A body whose names must mean something and whose values must have their type."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_others(cls, body: Any) -> Any:
+        return refuse_others(body, cls.model_fields)
 
 
 def _unknown(name: str) -> InvalidRequest:

@@ -1,43 +1,19 @@
 """Rows as the trainer takes them: the same parsing as the check, then one neutral shape."""
 
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-from tunewright import strict_json
-from tunewright.datasets.lines import read_lines
 from tunewright.datasets.rules.messages import ROLES
 from tunewright.errors import InvalidRequest
 from tunewright.i18n import mark
 from tunewright.rendering.conversation import Conversation, Message, ToolCall
 
-_BOM = b"\xef\xbb\xbf"
-
-
-def read_conversations(
-    path: Path, max_line_bytes: int, skip_lines: frozenset[int] = frozenset()
-) -> Iterator[tuple[int, Conversation]]:
-    """(line number from 1, conversation) of every chat or function row that is not blank, in order, in bounded memory.
-
-    Messages after the last assistant message are left out: they teach nothing. Assistant messages of `weight` 0 come with
-    `trained=False`. The lines of `skip_lines` are not looked at. The file has passed the check; raises InvalidRequest for a line
-    that is no such row all the same.
-    """
-    with path.open("rb", buffering=1 << 18) as stream:
-        if stream.read(len(_BOM)) != _BOM:
-            stream.seek(0)
-        for line in read_lines(stream, max_line_bytes):
-            if line.number in skip_lines:
-                continue
-            if line.data is None:
-                sentence = mark("line {line} is longer than {limit} bytes")
-                raise InvalidRequest("line_too_long", sentence, line=line.number, limit=max_line_bytes)
-            if line.data and not line.data.isspace():
-                yield line.number, conversation_of(strict_json.loads(line.data), line.number)
-
 
 def conversation_of(value: Any, line: int = 1) -> Conversation:
-    """The conversation of a parsed chat or function row. Raises InvalidRequest(`wrong_format`) for any other row."""
+    """The conversation of a parsed chat or function row, which has passed the check.
+
+    Messages after the last assistant message are left out: they teach nothing. Assistant messages of `weight` 0 come with
+    `trained=False`. Raises InvalidRequest(`wrong_format`) for any other row.
+    """
     try:
         messages = [_message(message) for message in value["messages"]]
         last = max(i for i, message in enumerate(messages) if message.role == "assistant")

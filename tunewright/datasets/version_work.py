@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 import msgspec
 
-from tunewright.datasets.checking.parts import CheckLimits
+from tunewright.datasets.checking.parts import CheckLimits, end_child
 from tunewright.datasets.mending.repair import Choice, repair
 from tunewright.datasets.splitting import split
 from tunewright.datasets.uploads import Watch
@@ -113,14 +113,7 @@ def _from_child(order: Order, size: int, watch: Watch | None) -> Answer:
     except BrokenPipeError:
         raise _failed() from None
     finally:
-        child.kill()
-        child.wait()
-        for pipe in (child.stdin, child.stdout):
-            if pipe is not None:
-                try:
-                    pipe.close()
-                except BrokenPipeError:
-                    pass
+        end_child(child)
 
 
 def _ended(child: "subprocess.Popen[bytes]") -> bool:

@@ -10,7 +10,7 @@ import msgspec
 if TYPE_CHECKING:
     import numpy as np
 
-NEVER_LEARNED, CONTRADICTS = "never_learned", "contradicts"
+NEVER_LEARNED = "never_learned"
 COLUMNS = ("line", "tokens", "trained_tokens", "loss_before", "loss_after", "never_learned", "contradicts")
 _LEAST_PART = 0.1
 _PIECE_BYTES = 256 * 1024

@@ -82,10 +82,6 @@ class Catalogue:
 
         self._edit(change)
 
-    def remove_alias(self, alias: str) -> None:
-        """Forget an operator's alias; no error if there is none."""
-        self._edit(lambda document: _table(document, "aliases").pop(alias, None))
-
     def add(self, folder: Path, code: str, **overrides: Any) -> Base:
         """Take a local folder in Hugging Face layout into the home and the catalogue under `code`.
 

@@ -6,7 +6,7 @@ from urllib.parse import quote as percent_encoded
 
 import msgspec
 from fastapi import Query, Request
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import StreamingResponse
 
@@ -18,7 +18,7 @@ from tunewright.api.idempotency import IdempotencyOf, UploadIdempotencyOf
 from tunewright.api.lists import After, Limit, clamped, page
 from tunewright.api.native.jobs import PREFIX
 from tunewright.api.receiving import receive_file, watch_of
-from tunewright.api.refusals import refuse_others
+from tunewright.api.refusals import StrictBody
 from tunewright.api.services import DatasetsOf
 from tunewright.api.streaming import unless_gone
 from tunewright.api.threads import stoppable
@@ -63,16 +63,7 @@ _Result = TypeVar("_Result")
 router = router_at(PREFIX)
 
 
-class _Body(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse_others(cls, body: Any) -> Any:
-        return refuse_others(body, cls.model_fields)
-
-
-class RepairBody(_Body):
+class RepairBody(StrictBody):
     """Which patches to apply: those of `codes`, and in `lines`; all where absent."""
 
     codes: Annotated[list[Annotated[str, Field(max_length=64)]], Field(max_length=MOST_CODES)] | None = None
@@ -80,7 +71,7 @@ class RepairBody(_Body):
     drop_bad_rows: bool = False
 
 
-class SplitBody(_Body):
+class SplitBody(StrictBody):
     """The share of rows that goes into the validation dataset."""
 
     validation_ratio: Annotated[float, Field(gt=0, le=0.5)] = 0.05

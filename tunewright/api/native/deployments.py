@@ -3,7 +3,7 @@
 from typing import Annotated, Any
 
 from fastapi import Request
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field
 
 from tunewright.api.access import exchange_of
 from tunewright.api.answers import Json
@@ -12,7 +12,7 @@ from tunewright.api.body import router_at
 from tunewright.api.idempotency import IdempotencyOf
 from tunewright.api.lists import After, Limit, clamped, page
 from tunewright.api.native.jobs import PREFIX
-from tunewright.api.refusals import refuse_others
+from tunewright.api.refusals import StrictBody
 from tunewright.api.services import DeploymentsOf
 from tunewright.deployments.records import DeploymentEvent, Reason
 from tunewright.deployments.service import NewDeployment, Shown
@@ -27,16 +27,7 @@ Replicas = Annotated[int, Field(ge=1)]
 IdleMinutes = Annotated[float, Field(gt=0, description="Without a call for so long, no replica runs until the next")]
 
 
-class _Body(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse_others(cls, body: Any) -> Any:
-        return refuse_others(body, cls.model_fields)
-
-
-class NewDeploymentBody(_Body):
+class NewDeploymentBody(StrictBody):
     """`merge` adds a LoRA model's adapter to its base for good, for this instance; else it runs beside the base, as in the
     pool."""
 
@@ -47,7 +38,7 @@ class NewDeploymentBody(_Body):
     idle_minutes: IdleMinutes | None = None
 
 
-class DeploymentChangesBody(_Body):
+class DeploymentChangesBody(StrictBody):
     """What is absent stays. `idle_minutes: null` lets it run for ever."""
 
     replicas: Replicas | None = None

@@ -3,7 +3,7 @@
 from typing import Annotated, Any, Literal
 
 from fastapi import Request
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field
 
 from tunewright.api.access import exchange_of
 from tunewright.api.answers import Json
@@ -11,7 +11,7 @@ from tunewright.api.auth import CallerOf
 from tunewright.api.body import router_at
 from tunewright.api.lists import After, Limit, clamped, page
 from tunewright.api.native.jobs import PREFIX
-from tunewright.api.refusals import refuse_others
+from tunewright.api.refusals import StrictBody
 from tunewright.api.services import NotificationsOf, PlatformOf
 from tunewright.i18n import mark, translate
 from tunewright.notifications.records import (
@@ -35,25 +35,16 @@ Events = Annotated[list[Annotated[str, Field(max_length=64)]], Field(min_length=
 Language = Literal["en", "zh"]
 
 
-class _Body(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse_others(cls, body: Any) -> Any:
-        return refuse_others(body, cls.model_fields)
-
-
-class NewChannelBody(_Body):
+class NewChannelBody(StrictBody):
     """An https address is a signed webhook; any other is one of Apprise."""
 
     url: Url
     name: Name = ""
-    events: Events = list(EVENT_TYPES)
+    events: Events = Field(default_factory=lambda: list(EVENT_TYPES))
     language: Language | None = None
 
 
-class ChannelChangesBody(_Body):
+class ChannelChangesBody(StrictBody):
     """What is absent stays."""
 
     url: Url | None = None

@@ -271,7 +271,7 @@ def run(orders: list[Order], progress: Callable[[int], None] | None, own: Order 
         raise ChildProcessError("a process of the check ended at once") from None
     finally:
         for child in children:
-            _end(child)
+            end_child(child)
 
 
 def _pass_on(done: int, progress: Callable[[int], None] | None) -> None:
@@ -279,7 +279,8 @@ def _pass_on(done: int, progress: Callable[[int], None] | None) -> None:
         progress(done)
 
 
-def _end(child: "subprocess.Popen[bytes]") -> None:
+def end_child(child: "subprocess.Popen[bytes]") -> None:
+    """Kill a process that was spoken to through pipes, if it lives, and close them."""
     child.kill()
     child.wait()
     for pipe in (child.stdin, child.stdout):
