@@ -25,8 +25,8 @@ dev: $(VENV)/.dev             ## The same with what tests and checks need
 demo: $(VENV)/.installed      ## Run the main job end to end and leave the server running
 	$(BIN)/python examples/demo.py
 
-test: $(VENV)/.dev            ## All tests but the soaks
-	$(BIN)/python -m pytest
+test: $(VENV)/.dev            ## All tests but the soaks, in two processes
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 soak: $(VENV)/.dev            ## The long tests
 	$(BIN)/python -m pytest -m soak
@@ -38,10 +38,9 @@ bench-serve: $(VENV)/.installed  ## Our engine beside its peers; ARGS="--quick" 
 	$(BIN)/python benchmarks/bench_serve.py $(ARGS)
 
 check: $(VENV)/.dev           ## Lint, format, types and import rules; under a minute
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/lint-imports
-	$(BIN)/pyright
+	@$(BIN)/pyright & types=$$!; \
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/lint-imports; others=$$?; \
+	wait $$types && exit $$others
 
 format: $(VENV)/.dev          ## Let ruff rewrite the code
 	$(BIN)/ruff check --fix .

@@ -12,6 +12,9 @@ from typing import Any
 
 import httpx
 
+from tunewright.models.catalogue import Catalogue
+from tunewright.settings import HomeFolder
+
 TUNEWRIGHT = [sys.executable, "-m", "tunewright.cli"]
 _FAST = {
     "TUNEWRIGHT_TRAINER_THREADS": "1",
@@ -49,6 +52,12 @@ class LiveServer:
         if done.returncode:
             raise RuntimeError(f"{arguments}: {done.stderr}")
         return done.stdout
+
+    def add_base(self, folder: Path, code: str = "tiny") -> None:
+        """What `models add` does, without the second that its process takes to start."""
+        home = HomeFolder(self.home)
+        home.create()
+        Catalogue(home).add(folder, code, licence="unknown")
 
     def start(self, port: int = 0, listener: socket.socket | None = None) -> "LiveServer":
         """Serve, and return when the server says that it is ready. A `listener` is handed over as a service manager does."""

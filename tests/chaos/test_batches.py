@@ -18,7 +18,7 @@ REQUESTS = 120
 @pytest.fixture
 def server(tmp_path: Path, tiny_base: Path) -> Iterator[LiveServer]:
     server = LiveServer(tmp_path / "home", TUNEWRIGHT_ENGINE_SLOTS="4")
-    server.run("models", "add", str(tiny_base), "--code", "tiny")
+    server.add_base(tiny_base)
     server.start()
     yield server
     server.stop()

@@ -26,7 +26,7 @@ def server(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Iterato
         TUNEWRIGHT_ENGINE_SILENCE_LIMIT_S="2",
         TUNEWRIGHT_FIRST_TOKEN_LIMIT_S="8",
     )
-    server.run("models", "add", str(tiny_base), "--code", "tiny")
+    server.add_base(tiny_base)
     (server.home / "workers" / "fake.json").write_text(json.dumps({"step_s": 0.005}))
     server.start()
     yield server

@@ -57,7 +57,7 @@ def server(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Iterato
         TUNEWRIGHT_ENGINE_SILENCE_LIMIT_S=str(SILENCE_LIMIT_S),
         TUNEWRIGHT_ENGINE_IDLE_EXIT_S=str(IDLE_EXIT_S),
     )
-    server.run("models", "add", str(tiny_base), "--code", "tiny")
+    server.add_base(tiny_base)
     server.start()
     yield server
     server.stop()

@@ -33,7 +33,7 @@ def server(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Iterato
     server = LiveServer(
         tmp_path_factory.mktemp("instances") / "home", TUNEWRIGHT_ENGINE_SILENCE_LIMIT_S=str(SILENCE_LIMIT_S)
     )
-    server.run("models", "add", str(tiny_base), "--code", "tiny")
+    server.add_base(tiny_base)
     server.start()
     yield server
     server.stop()

@@ -50,7 +50,7 @@ def serve(tmp_path: Path, tiny_base: Path) -> Serve:
             TUNEWRIGHT_FIRST_TOKEN_LIMIT_S="60",
             FAKE_STALL_LIMIT_S=str(STALL_LIMIT_S),
         )
-        server.run("models", "add", str(tiny_base), "--code", "tiny")
+        server.add_base(tiny_base)
         (server.home / "workers" / "fake.json").write_text(json.dumps(engine))
         server.start()
         try:

@@ -27,7 +27,7 @@ def server(tmp_path: Path, tiny_base: Path) -> Iterator[LiveServer]:
     # A trainer that still imports its libraries does not save at once: it is given as long as the streams, not ten seconds.
     graces = {"TUNEWRIGHT_DRAIN_GRACE_S": str(GRACE_S), "TUNEWRIGHT_CANCEL_GRACE_S": str(GRACE_S)}
     server = LiveServer(tmp_path / "home", TUNEWRIGHT_ENGINE_SLOTS="64", **graces)
-    server.run("models", "add", str(tiny_base), "--code", "tiny")
+    server.add_base(tiny_base)
     server.start()
     yield server
     server.stop()
@@ -73,7 +73,7 @@ def test_r05_sigterm_ends_streams_with_an_answer_or_an_error(server: LiveServer)
 
 def test_r05_short_streams_end_as_usual_and_readiness_fails_first(tmp_path: Path, tiny_base: Path) -> None:
     server = LiveServer(tmp_path / "home", TUNEWRIGHT_DRAIN_DELAY_S="1")
-    server.run("models", "add", str(tiny_base), "--code", "tiny")
+    server.add_base(tiny_base)
     server.start()
     warm(server)
     streams = Streams(server, 5, max_tokens=300)
@@ -106,7 +106,7 @@ def fake(tmp_path: Path, tiny_base: Path) -> Iterator[LiveServer]:
         TUNEWRIGHT_DRAIN_DELAY_S="1",
         TUNEWRIGHT_DRAIN_GRACE_S="3",
     )
-    server.run("models", "add", str(tiny_base), "--code", "tiny")
+    server.add_base(tiny_base)
     (server.home / "workers" / "fake.json").write_text('{"step_s": 0.01}')
     yield server
     server.stop()
@@ -174,7 +174,7 @@ async def test_r07_a_restart_under_a_service_manager_loses_nothing(fake: LiveSer
 
 def test_r05_a_second_signal_is_quick(tmp_path: Path, tiny_base: Path) -> None:
     server = LiveServer(tmp_path / "home", TUNEWRIGHT_DRAIN_GRACE_S="60")
-    server.run("models", "add", str(tiny_base), "--code", "tiny")
+    server.add_base(tiny_base)
     server.start()
     warm(server)
     streams = Streams(server, 10)

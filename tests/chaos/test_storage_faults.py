@@ -29,7 +29,7 @@ FSIZE_LIMIT = 6 * 2**20
 @pytest.fixture
 def server(tmp_path: Path, tiny_base: Path) -> Iterator[LiveServer]:
     server = LiveServer(tmp_path / "home")
-    server.run("models", "add", str(tiny_base), "--code", "tiny")
+    server.add_base(tiny_base)
     server.start()
     yield server
     server.stop()
@@ -196,7 +196,7 @@ def test_r03_kill_9_around_creations_makes_exactly_one_job_each(tmp_path: Path, 
     print(f"seed {seed}")
     chance = random.Random(seed)
     server = LiveServer(tmp_path / "home", TUNEWRIGHT_MAX_RUNNING_JOBS="1")
-    server.run("models", "add", str(tiny_base), "--code", "tiny")
+    server.add_base(tiny_base)
     server.start()
     port, file_id = server.port, server.upload(chat_rows(1))
     made: list[str] = []

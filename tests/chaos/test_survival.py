@@ -24,7 +24,7 @@ SEED = 11
 @pytest.fixture
 def server(tmp_path: Path, tiny_base: Path) -> Iterator[LiveServer]:
     server = LiveServer(tmp_path / "home", TUNEWRIGHT_CHECKPOINT_EVERY_S="0.2")
-    server.run("models", "add", str(tiny_base), "--code", "tiny")
+    server.add_base(tiny_base)
     server.start()
     yield server
     server.stop()
@@ -87,7 +87,7 @@ def kill_trainer(work: Path, dead: set[int]) -> int:
 
 def test_ten_kills_change_nothing(server: LiveServer, tmp_path: Path, tiny_base: Path) -> None:
     calm = LiveServer(tmp_path / "calm", TUNEWRIGHT_CHECKPOINT_EVERY_S="0.2")
-    calm.run("models", "add", str(tiny_base), "--code", "tiny")
+    calm.add_base(tiny_base)
     calm.start()
     try:
         calm_job = calm.wait(run_job(calm))

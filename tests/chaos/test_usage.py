@@ -16,7 +16,7 @@ from tests.live_server import LiveServer
 @pytest.fixture
 def server(tmp_path: Path, tiny_base: Path) -> Iterator[LiveServer]:
     server = LiveServer(tmp_path / "home")
-    server.run("models", "add", str(tiny_base), "--code", "tiny")
+    server.add_base(tiny_base)
     server.start()
     yield server
     server.stop()

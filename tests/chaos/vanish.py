@@ -40,7 +40,7 @@ def main(home: Path, base: Path) -> None:
     run(f"ip addr add {SERVER}/24 dev v0")
     run("ip link set v0 up")
     server = LiveServer(home, module="tests.serve_fake", TUNEWRIGHT_HOST=SERVER)
-    server.run("models", "add", str(base), "--code", "tiny")
+    server.add_base(base)
     (server.home / "workers" / "fake.json").write_text('{"step_s": 0.2}')
     server.start()
     try:
