@@ -116,6 +116,7 @@ def pull_model(
     from rich.filesize import decimal
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+    from tunewright.deployments.first_start import prepare
     from tunewright.models.pull import pull
 
     catalogue = _catalogue(home)
@@ -137,6 +138,9 @@ def pull_model(
             progress.update(tasks[stage], completed=done, total=total or None, done=text)
 
         base = pull(catalogue, code, show, wheel=wheel)
+        show("engine", 0, 1)
+        prepare(base, _settings(home))
+        show("engine", 1, 1)
     typer.echo(f"{base.code}: {base.path}")
 
 
@@ -152,8 +156,11 @@ def add_model(
     embedding_end: Annotated[str | None, typer.Option(help="Token that is put behind each text")] = None,
 ) -> None:
     """Add a local folder in Hugging Face layout (safetensors, no code) to the catalogue."""
+    from tunewright.deployments.first_start import prepare
+
     way = {} if embeddings is None else {"embeddings": {"pooling": embeddings, "end": embedding_end}}
     base = _catalogue(home).add(folder, code, licence=licence, **way)
+    prepare(base, _settings(home))
     typer.echo(f"{base.code}: {base.path}")
 
 

@@ -167,6 +167,7 @@ class HomeFolder:
         self.workers = self.root / "workers"
         self.temporary = self.root / "tmp"
         self.token_cache = self.root / "cache" / "tokens"
+        self.references = self.root / "cache" / "references"
         self.uploads = self.root / "uploads"
         self.batches = self.root / "batches"
 

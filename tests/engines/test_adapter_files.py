@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from tests.engines.adapters import BASE_CODE, make_adapter, sha256
 from tunewright.engines.adapter_files import read_adapter
 from tunewright.engines.general import GeneralDecoder
-from tunewright.engines.loading import load_model
+from tunewright.engines.own_code import load_model
 from tunewright.engines.placement import choose_placement
 from tunewright.errors import InvalidRequest
 

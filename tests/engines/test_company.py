@@ -19,7 +19,8 @@ from tests.tiny_glm import tiny_glm
 from tests.tiny_models import tiny_llama
 from tunewright.deployments.ports import Done, TokenScore, Trouble
 from tunewright.engines.general import GeneralDecoder
-from tunewright.engines.loading import load_decoder, load_model
+from tunewright.engines.loading import load_decoder
+from tunewright.engines.own_code import load_model
 from tunewright.engines.torch import Engine
 from tunewright.rendering.renderer import Renderer
 

@@ -22,10 +22,11 @@ from tests.engines.families import FAST_KINDS, family, linears_of
 from tunewright.engines.adapter_files import Adapter, read_adapter
 from tunewright.engines.batch import Part, make_batch
 from tunewright.engines.decoder import Decoder
-from tunewright.engines.fast_decoder import FastDecoder, is_fast
+from tunewright.engines.fast_decoder import FastDecoder
 from tunewright.engines.general import GeneralDecoder
 from tunewright.engines.kv_cache import SlotCache
-from tunewright.engines.loading import load_decoder, load_model
+from tunewright.engines.loading import load_decoder
+from tunewright.engines.own_code import load_model, plan_of, weights_of
 from tunewright.engines.placement import choose_placement, detect_placement
 from tunewright.engines.products import Products, packed_product, plain_product
 from tunewright.errors import Misconfigured
@@ -47,8 +48,10 @@ def decoder(request: pytest.FixtureRequest, tiny_base: Path) -> Decoder:
     model = load_model(tiny_base, CPU)
     if request.param == "general":
         return GeneralDecoder(model)
-    assert is_fast(model)
-    return FastDecoder(model, context_tokens=256, products=Products(plain=request.param == "plain"))
+    weights = weights_of(tiny_base, CPU)
+    plan = plan_of(model, weights)
+    assert plan is not None
+    return FastDecoder(plan, weights, context_tokens=256, products=Products(plain=request.param == "plain"))
 
 
 def load(decoder: Decoder, folder: Path) -> Adapter:
@@ -151,9 +154,11 @@ def test_rows_survive_moves_growth_and_poisoned_neighbours(decoder: Decoder, ref
 
 
 @pytest.mark.parametrize("change", ["activation", "rope", "subclass", "norm", "tensor"])
-def test_what_the_fast_path_does_not_know_goes_the_general_way(change: str) -> None:
+def test_what_the_fast_path_does_not_know_goes_the_general_way(change: str, tmp_path: Path) -> None:
     model: Any = Qwen3ForCausalLM(Qwen3Config(**SIZES, num_hidden_layers=2))
-    assert is_fast(model)
+    model.save_pretrained(tmp_path)
+    weights = weights_of(tmp_path, CPU)
+    assert plan_of(model, weights) is not None
     layer = model.model.layers[1]
     if change == "activation":
         model.config.hidden_act = "gelu"
@@ -165,7 +170,7 @@ def test_what_the_fast_path_does_not_know_goes_the_general_way(change: str) -> N
         del layer.self_attn.k_norm
     else:
         layer.self_attn.register_parameter("sinks", torch.nn.Parameter(torch.zeros(4)))
-    assert not is_fast(model)
+    assert plan_of(model, weights) is None
 
 
 def small(kind: str) -> PreTrainedModel:

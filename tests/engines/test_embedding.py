@@ -13,7 +13,7 @@ from tests.engines.engine_worker import SECRET, generate_request
 from tunewright.deployments.ports import Done, Embed, EngineReply, Trouble, Vector
 from tunewright.engines.decoder import Decoder
 from tunewright.engines.general import GeneralDecoder
-from tunewright.engines.loading import load_model
+from tunewright.engines.own_code import load_model
 from tunewright.engines.torch import Engine
 from tunewright.errors import InvalidRequest
 from tunewright.rendering.renderer import Renderer

@@ -25,7 +25,7 @@ from tunewright.engines.batch import Batch
 from tunewright.engines.decoder import Decoder
 from tunewright.engines.general import GeneralDecoder
 from tunewright.engines.kv_cache import SlotCache
-from tunewright.engines.loading import load_model
+from tunewright.engines.own_code import load_model
 from tunewright.errors import InvalidRequest, Unavailable
 from tunewright.rendering.answer_grammar import json_grammar
 from tunewright.rendering.renderer import Renderer

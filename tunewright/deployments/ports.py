@@ -9,6 +9,9 @@ from typing import Any
 
 import msgspec
 
+OWN_CODE = "tunewright.engines.own_code"
+"""Reads a WorkerSpec from its standard input and keeps what that model's own code says (`engines/references.py`)."""
+
 
 class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
     """`spec.json` in a worker's folder (mode 0600), written by the server before it starts the process."""
@@ -37,6 +40,8 @@ class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
     """exact, or int8 for weights of 8 bits."""
     store_path: str | None = None
     """Adapters are loaded from below this folder only; None does not look."""
+    references_path: str | None = None
+    """What models' own code says of them is remembered in this folder; None has it say so at every start."""
     engine: str = "torch"
     """`torch`, ours, or `vllm`."""
     python: str | None = None

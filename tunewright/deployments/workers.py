@@ -194,6 +194,7 @@ def base_spec(base: Base, settings: Settings, worker_id: str) -> WorkerSpec:
         context_tokens=min(base.context_tokens, settings.engine_context_tokens),
         idle_exit_s=settings.engine_idle_exit_s,
         store_path=str(HomeFolder(settings.home).adapters),
+        references_path=str(HomeFolder(settings.home).references),
         engine=settings.engine,
         python=settings.vllm_python and str(settings.vllm_python),
     )

@@ -10,13 +10,15 @@ import importlib
 import importlib.util
 import logging
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from tunewright.engines.batch import Batch, Chunk
 from tunewright.engines.placement import FLASH, PLAIN, choose_attention
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 _log = logging.getLogger(__name__)
 _failed: set[str] = set()
@@ -126,7 +128,7 @@ def attend_flex(
     return out_TQD
 
 
-def _chunk_mask(batch: Batch, chunk: Chunk, window: int | None, device: torch.device) -> BlockMask:
+def _chunk_mask(batch: Batch, chunk: Chunk, window: int | None, device: torch.device) -> "BlockMask":
     def seen(row: Any, head: Any, query: Any, key: Any) -> Any:
         own = key <= query + chunk.offset
         return own if window is None else own & (key > query + chunk.offset - window)
@@ -134,11 +136,13 @@ def _chunk_mask(batch: Batch, chunk: Chunk, window: int | None, device: torch.de
     count = chunk.end - chunk.start
     known = ("flex chunk", chunk.start, window)
     if known not in batch.masks:
-        batch.masks[known] = create_block_mask(seen, None, None, count, chunk.offset + count, device=device)
+        batch.masks[known] = _flex_module().create_block_mask(
+            seen, None, None, count, chunk.offset + count, device=device
+        )
     return batch.masks[known]
 
 
-def _decode_mask(batch: Batch, longest: int, window: int | None, device: torch.device) -> BlockMask:
+def _decode_mask(batch: Batch, longest: int, window: int | None, device: torch.device) -> "BlockMask":
     position_B = batch.decode_positions_B
 
     def seen(row: Any, head: Any, query: Any, key: Any) -> Any:
@@ -147,10 +151,16 @@ def _decode_mask(batch: Batch, longest: int, window: int | None, device: torch.d
 
     known = ("flex decode", window)
     if known not in batch.masks:
-        batch.masks[known] = create_block_mask(seen, len(batch.lengths), None, 1, longest, device=device)
+        batch.masks[known] = _flex_module().create_block_mask(seen, len(batch.lengths), None, 1, longest, device=device)
     return batch.masks[known]
 
 
 @lru_cache(2)
 def _flex(cuda: bool) -> Any:
-    return torch.compile(flex_attention, dynamic=True) if cuda else flex_attention
+    attend = _flex_module().flex_attention
+    return torch.compile(attend, dynamic=True) if cuda else attend
+
+
+def _flex_module() -> Any:
+    """Imported where it is used: it imports torch's compiler, which takes longer than the rest of torch."""
+    return importlib.import_module("torch.nn.attention.flex_attention")

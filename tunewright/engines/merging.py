@@ -21,7 +21,8 @@ from tunewright.engines.batch import Part, make_batch
 from tunewright.engines.decoder import Decoder
 from tunewright.engines.general import adaptable_linears
 from tunewright.engines.kv_cache import SlotCache
-from tunewright.engines.loading import load_decoder, load_model
+from tunewright.engines.loading import load_decoder
+from tunewright.engines.own_code import load_model
 from tunewright.engines.placement import choose_placement
 from tunewright.errors import InvalidRequest
 from tunewright.files_on_disk import publish_folder

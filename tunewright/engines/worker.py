@@ -101,6 +101,7 @@ def _build_engine(spec: WorkerSpec, worker_folder: Path) -> "Engine | VllmEngine
         from tunewright.engines.constraints import Constraints
         from tunewright.engines.loading import load_decoder
         from tunewright.engines.placement import placement_of, use_threads
+        from tunewright.engines.references import order_of, reference
         from tunewright.engines.torch import Engine
 
         spec = msgspec.structs.replace(spec, threads=use_threads(spec.threads))
@@ -109,7 +110,9 @@ def _build_engine(spec: WorkerSpec, worker_folder: Path) -> "Engine | VllmEngine
         _check_renderer(renderer, spec)
         weights = Path(spec.weights_path or folder)
         placement = placement_of(weights, spec.precision, spec.weights)
-        decoder = load_decoder(weights, placement, spec.context_tokens, canaries(renderer))
+        texts = canaries(renderer)
+        remembered = reference(order_of(spec, placement, texts), spec)
+        decoder = load_decoder(weights, placement, spec.context_tokens, texts, remembered)
     decoder_of = renderer.stream_decoder
     constraints = Constraints(folder / "tokenizer.json", renderer.stop_ids, renderer.vocabulary_size, decoder_of)
     return Engine(
