@@ -57,7 +57,11 @@ def write_adapter(model: Path, folder: Path, seed: int) -> dict[str, str]:
             tensors[f"{prefix}.lora_B.weight"] = rng.normal(0, 0.002, (out, RANK)).astype(np.float32)
     folder.mkdir()
     save_file(tensors, folder / "adapter_model.safetensors")
-    words = {"peft_type": "LORA", "r": RANK, "lora_alpha": RANK, "base_model_name_or_path": BASE_CODE}
+    targets = [name.rpartition(".")[2] for name in shapes]  # else peers take part of the file and say nothing
+    words = {
+        "peft_type": "LORA", "r": RANK, "lora_alpha": RANK, "base_model_name_or_path": BASE_CODE,
+        "target_modules": targets,
+    }  # fmt: skip
     (folder / "adapter_config.json").write_text(json.dumps(words))
     sha256 = sha256_of(folder / "adapter_model.safetensors")
     return {"adapter_id": folder.name, "adapter_path": str(folder), "adapter_sha256": sha256}
