@@ -38,15 +38,21 @@ class Products(NamedTuple):
             or weight_OI.dtype != torch.float32
             or not torch.backends.mkldnn.is_available()
         ):
-            return lambda x_TI: functional.linear(x_TI, weight_OI, bias_O)
+            return _linear(weight_OI, bias_O)
         if self.precision == INT8:
             return _int8(weight_OI, bias_O, self.largest.get(name, weight_OI.new_ones(weight_OI.shape[1])))
         if self.precision == BFLOAT16:
-            product = packed_product(weight_OI.bfloat16(), None if bias_O is None else bias_O.bfloat16())
+            packs = torch.ops.mkldnn._is_mkldnn_bf16_supported()  # not on processors with AVX2 alone
+            make = packed_product if packs else _linear
+            product = make(weight_OI.bfloat16(), None if bias_O is None else bias_O.bfloat16())
             return lambda x_TI: product(x_TI.bfloat16()).float()
         if self.plain and len(weight_OI) <= _FEW_OUTPUTS * weight_OI.shape[1]:
             return plain_product(weight_OI, bias_O)
         return packed_product(weight_OI, bias_O)
+
+
+def _linear(weight_OI: torch.Tensor, bias_O: torch.Tensor | None) -> Product:
+    return lambda x_TI: functional.linear(x_TI, weight_OI, bias_O)
 
 
 def plain_product(weight_OI: torch.Tensor, bias_O: torch.Tensor | None) -> Product:
