@@ -15,6 +15,8 @@ Product = Callable[[torch.Tensor], torch.Tensor]
 FLOAT32, BFLOAT16, INT8 = "float32", "bfloat16", "int8"
 HEAD = "lm_head"
 _STEPS = 127
+_STEPS_WITHOUT_VNNI = 63
+"""Of weights: older processors add two products in 16 bits, where 255 * 127 * 2 has no room."""
 _MIDDLE = 128
 """What 0 becomes: the kernel takes activations without sign."""
 _EXACT = 16
@@ -80,7 +82,8 @@ def _int8(weight_OI: torch.Tensor, bias_O: torch.Tensor | None, largest_I: torch
     shrink_I = factor_I.reciprocal()
     factor_I[exact_K] = shrink_I[exact_K] = 0
     grown_OI = weight_OI * factor_I
-    scale_O = grown_OI.abs().amax(dim=1).clamp_(min=_TINY).div_(_STEPS)
+    steps = _STEPS if torch.cpu._is_vnni_supported() else _STEPS_WITHOUT_VNNI
+    scale_O = grown_OI.abs().amax(dim=1).clamp_(min=_TINY).div_(steps)
     packed = torch.ops.onednn.qlinear_prepack(grown_OI.div_(scale_O[:, None]).round_().to(torch.int8), None)
     zero_O = torch.zeros(len(scale_O), dtype=torch.int32)
     pointwise = torch.ops.onednn.qlinear_pointwise
