@@ -74,6 +74,15 @@ class Trainer:
         self.journal.write(encode_record(record) + b"\n")
         self.journal.flush()
 
+    def renderer_hash(self) -> str:
+        """That of the base, if there is one."""
+        base = Path(self.spec.base_path)
+        if not (base / "tokenizer.json").exists():
+            return "r" * 64
+        from tunewright.rendering.renderer import renderer_of  # not for those who have none: it takes long
+
+        return renderer_of(base).hash
+
     def run(self) -> None:
         if self.orders.ignore_sigterm:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -95,7 +104,7 @@ class Trainer:
                 tokens_per_epoch=30,
                 trained_tokens_per_epoch=10,
                 choices={"dtype": "none", "halved": self.spec.halve_micro_batch},
-                renderer_hash="r" * 64,
+                renderer_hash=self.renderer_hash(),
             )
         )
         if self.orders.fail and self.spec.attempt <= self.orders.fails:

@@ -23,6 +23,7 @@ from tunewright.deployments.ports import (
     EngineReply,
     EngineRequest,
     Generate,
+    Proof,
     Prove,
     State,
     TokenText,
@@ -103,6 +104,10 @@ class FakeEngine:
 
     def _advance(self, ticket: Ticket, count: list[int]) -> None:
         request = ticket.request
+        if isinstance(request, Prove):
+            ticket.reply(Proof(tensors=2, tensors_applied=2, max_logit_shift=1.0, mean_logit_shift=0.1, load_ms=1.0))
+            ticket.closed = True
+            return
         if not isinstance(request, Generate):
             raise TypeError(request)
         if request.seed == KILLS or (request.seed == KILLS_LATE and count[0] >= LATE):

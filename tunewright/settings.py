@@ -170,6 +170,8 @@ class HomeFolder:
         self.references = self.root / "cache" / "references"
         self.uploads = self.root / "uploads"
         self.batches = self.root / "batches"
+        self.server = 1
+        """The number of this server among those of the home."""
 
     def create(self) -> None:
         """Create the folders that are missing; existing ones keep what they hold. Raises Misconfigured (`home_unusable`)."""

@@ -1,7 +1,5 @@
 """Where the parts are chosen and joined. Nothing else names an adapter (`storage`, `runners`, `engines`)."""
 
-import fcntl
-import os
 import threading
 
 import structlog
@@ -23,13 +21,13 @@ from tunewright.deployments.reconciler import Reconciler
 from tunewright.deployments.service import DeploymentService
 from tunewright.deployments.serving import Serving
 from tunewright.egress import Egress
-from tunewright.errors import Misconfigured, TunewrightError, Unavailable
-from tunewright.i18n import mark
+from tunewright.errors import TunewrightError, Unavailable
 from tunewright.jobs.controller import JobController
-from tunewright.jobs.lease import holder_of
+from tunewright.jobs.lease import Lease, holder_of
 from tunewright.jobs.line import Line
 from tunewright.jobs.service import JobService
 from tunewright.models.catalogue import Catalogue
+from tunewright.models.file_lock import ReentrantLock
 from tunewright.models.service import ModelService
 from tunewright.notifications.apprise_sender import AppriseSender
 from tunewright.notifications.deliverer import Deliverer
@@ -40,6 +38,7 @@ from tunewright.notifications.service import NotificationService
 from tunewright.notifications.webhooks import WebhookSender
 from tunewright.runners.local import LocalRunner
 from tunewright.runners.machine import LocalMachine
+from tunewright.servers import Servers
 from tunewright.settings import HomeFolder, Settings
 from tunewright.storage import Blobs, Storage
 
@@ -49,7 +48,7 @@ log = structlog.get_logger()
 class Platform:
     """One running product: every service, and the control loop that moves jobs.
 
-    `prepare()` is enough for the command line; `start()` makes it a server (there is one per home) and `stop()` ends it.
+    `prepare()` is enough for the command line; `start()` makes it a server of its home and `stop()` ends it.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -57,18 +56,23 @@ class Platform:
         self.home = HomeFolder(settings.home)
         self.home.create()
         self.storage = Storage(settings.database_url or f"sqlite:///{self.home.database}")
+        self.servers = Servers(self.storage, self.home, settings.database_url)
         self.blobs = Blobs(settings.blob_url or f"file://{self.home.blobs}")
         self.accounts = AccountService(self.storage, self.home, settings)
         self.datasets = DatasetService(self.storage, self.blobs, self.home, settings)
         self.uploads = PartedUploads(self.storage, self.datasets, self.home, settings)
         self.tokens = TokenService(self.blobs, self.home, settings)
         self.datasets.on_delete = self.tokens.forget
+        self._images_lease = Lease(self.storage, "images", lambda: holder_of(self.home))
+        self.datasets.images.acts = self._images_lease.held
+        if self.servers.shared:
+            self.datasets.images.blobs_lock = ReentrantLock(self.home.temporary / "images.lock")
         self.catalogue = Catalogue(self.home)
         self.models = ModelService(self.storage, self.catalogue, self.home)
         line = Line(settings, LocalMachine())
         self.jobs = JobService(self.storage, self.catalogue, self.models, self.home, settings, line)
         runner = LocalRunner()
-        self.pool = Pool(self.home, settings, runner)
+        self.pool = Pool(self.home, settings, runner, shared=self.servers.shared)
         self.controller = JobController(
             self.storage,
             self.blobs,
@@ -85,7 +89,14 @@ class Platform:
         self.jobs.on_change = self.controller.wake
         self.models.on_delete = self.pool.forget
         self.instances = Reconciler(
-            self.storage, self.models, self.home, settings, runner, line, self.pool.memory_bytes
+            self.storage,
+            self.models,
+            self.home,
+            settings,
+            runner,
+            line,
+            self.pool.memory_bytes,
+            shared=self.servers.shared,
         )
         line.instances_bytes = self.instances.promised_bytes
         self.models.on_undeploy = self.instances.retire
@@ -93,7 +104,7 @@ class Platform:
             self.storage, self.models, self.catalogue, self.instances, self.home, settings
         )
         self.serving = Serving(self.storage, self.models, self.pool, self.instances, self.home, settings)
-        self.ledger = UsageLedger(self.storage, holder_of(self.home.root), settings.usage_kept_days)
+        self.ledger = UsageLedger(self.storage, "", settings.usage_kept_days)
         self.usage = UsageService(self.storage)
         self.metrics = ServingMetrics(self.ledger, settings.metrics_adapters)
         self.metering = Metering(self.ledger, self.metrics)
@@ -116,7 +127,6 @@ class Platform:
         """Newcomers are sent away from now until this monotonic second, when the server ends; None: they are served."""
         self.first_key: str | None = None
         """The key made at the very first start, to be shown once."""
-        self._lock: int | None = None
         self._started = False
         self._checked: tuple[float, list[str]] = (float("-inf"), [])
 
@@ -126,20 +136,23 @@ class Platform:
         self.first_key = self.accounts.first_start()
 
     def start(self) -> None:
-        """Become the server of this home: recover what an earlier one left, then run the control loop.
+        """Become a server of this home: recover what an earlier one left, then run the control loops.
 
         Does nothing the second time. Raises Misconfigured (`home_in_use`, a database of another release, ...).
         """
         if self._started:
             return
-        self._take_lock()
-        self.prepare()
-        self.datasets.sweep()
-        self.tokens.sweep()
-        self.uploads.sweep()
-        self.jobs.sweep()
-        self.models.sweep()
-        self.ledger.start()
+        with self.servers.joining() as alone:
+            self.prepare()
+            self.servers.claim_database()
+            if alone:  # what lies about is nobody's
+                self.datasets.sweep()
+                self.tokens.sweep()
+                self.uploads.sweep()
+                self.jobs.sweep()
+                self.models.sweep()
+            self.ledger.server = holder_of(self.home)
+            self.ledger.start(self.servers.dead())
         self.pool.start()
         self.instances.start()
         self.datasets.images.start()
@@ -150,21 +163,28 @@ class Platform:
         log.info("started", home=str(self.home.root))
 
     def stop(self) -> None:
-        """End the control loop and the engines; trainers as `settings.on_shutdown` says. Safe to call twice."""
+        """End the control loops and the engines; trainers as `settings.on_shutdown` says. What runs is left to other servers of
+        the home, if there are any. Safe to call twice."""
         self.stopping.set()
-        self.controller.stop()
+        others_stay = self.servers.leave()
+        self.controller.stop(others_stay=others_stay)
         self.deliverer.stop()
         self.batch_controller.stop()
         self.tokens.stop()
         self.datasets.images.stop()
-        if self._lock is not None:  # only who holds the home may end what runs in it
-            self.instances.stop()
-            self.pool.stop()
+        self._release_images()
+        if self.servers.joined:  # only who holds the home may end what runs in it
+            self.instances.stop(others_stay=others_stay)
+            self.pool.stop(others_stay=others_stay)
         self.ledger.stop()
+        self.servers.close()
         self.storage.close()
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+
+    def _release_images(self) -> None:
+        try:
+            self._images_lease.release()
+        except TunewrightError as error:
+            log.warning("images_lease_kept", code=error.code)
 
     def not_ready(self) -> list[str]:
         """Names of the checks that fail now; empty means ready. Looked at afresh at most once a second."""
@@ -189,19 +209,6 @@ class Platform:
         except (TunewrightError, Unavailable):
             failed.append("disk")
         return failed
-
-    def _take_lock(self) -> None:
-        lock = os.open(self.home.server_lock, os.O_RDWR | os.O_CREAT, 0o600)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(lock)
-            raise Misconfigured(
-                "home_in_use",
-                mark("Another server runs on {home}; stop it, or choose another --home."),
-                home=self.home.root,
-            ) from None
-        self._lock = lock
 
 
 def build(settings: Settings) -> Platform:

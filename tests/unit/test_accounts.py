@@ -190,6 +190,14 @@ def test_a_lost_master_key_is_never_replaced(accounts: AccountService, storage: 
     assert not home.master_key.exists()
 
 
+def test_another_master_key_is_told_at_the_start(accounts: AccountService, storage: Storage, home: HomeFolder) -> None:
+    accounts.first_start()
+    home.master_key.write_text("ab" * 32)
+    with pytest.raises(Misconfigured) as caught:
+        AccountService(storage, home, Settings(home=home.root)).first_start()
+    assert caught.value.code == "master_key_differs"
+
+
 @pytest.mark.parametrize("content", ["", "abc", "g" * 64, "00" * 31, "00" * 33, "é"])
 def test_a_damaged_master_key_is_named(accounts: AccountService, home: HomeFolder, content: str) -> None:
     home.master_key.write_text(content)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from tests.job_bench import Bench
 from tunewright.jobs.lease import Lease, holder_of
+from tunewright.settings import HomeFolder
 
 
 def test_one_holder_until_it_lets_go(tmp_path: Path) -> None:
@@ -31,4 +32,7 @@ def test_an_expired_lease_is_taken_over_and_the_old_holder_notices(tmp_path: Pat
 def test_a_home_keeps_its_holder(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
-    assert holder_of(tmp_path / "a") == holder_of(tmp_path / "a") != holder_of(tmp_path / "b")
+    home, again, other = HomeFolder(tmp_path / "a"), HomeFolder(tmp_path / "a"), HomeFolder(tmp_path / "b")
+    assert holder_of(home) == holder_of(again) != holder_of(other)
+    again.server = 2
+    assert holder_of(home) != holder_of(again), "each server of a home has a name of its own"

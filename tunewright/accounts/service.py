@@ -52,10 +52,12 @@ class AccountService:
 
     def first_start(self) -> str | None:
         """On an empty database: make a project with one key, keep the key in the home's `first.key` and return it.
-        None ever after. Raises Misconfigured (`master_key_missing`, `master_key_invalid`)."""
+        None ever after. Raises Misconfigured (`master_key_missing`, `master_key_invalid`, `master_key_differs`)."""
         secrets = self._secrets()
         with self._storage.write() as tx:
-            if tx.projects.all():
+            projects = tx.projects.all()
+            if projects:
+                self._compare(secrets, [key for project in projects[:1] for key in tx.keys.list(project.id)])
                 return None
             project = Project(id=new_id("proj"), number=_new_number(set()), name="default", created_at=wall_s())
             key, text = _new_key(secrets, project.id, "first", jwt=True)
@@ -64,6 +66,16 @@ class AccountService:
             # Before the commit: a crash in between leaves a file that the next start replaces, never a lost key.
             write_atomically(self._home.first_key, text.encode() + b"\n")
         return text
+
+    def _compare(self, secrets: Secrets, keys: list[ApiKey]) -> None:
+        """With another master key than theirs no key would be valid, and nobody would know why."""
+        sealed = [key for key in keys if key.secret_sealed is not None]
+        if sealed and all(secrets.unseal(key.secret_sealed or b"", key.id, key.project_id) is None for key in sealed):
+            raise Misconfigured(
+                "master_key_differs",
+                mark("{path} is not the master.key that the keys in the database were made with; restore that one"),
+                path=self._home.master_key,
+            )
 
     def create_project(self, name: str) -> Project:
         """A new tenant, without keys."""

@@ -6,6 +6,7 @@ thread in batches, so a request waits for the disk at most once: at its first to
 """
 
 import threading
+from collections.abc import Iterable
 from concurrent.futures import Future
 from typing import TYPE_CHECKING
 
@@ -103,6 +104,7 @@ class UsageLedger:
     def __init__(self, storage: "Storage", server: str, kept_days: int) -> None:
         self._storage = storage
         self.server = server
+        """Whoever starts it may say so until then."""
         self._kept_days = kept_days
         self._open: dict[str, OpenUsage] = {}
         self._changed = threading.Condition()
@@ -112,10 +114,10 @@ class UsageLedger:
         self.lost = 0
         """Rows that were never stored."""
 
-    def start(self) -> None:
-        """End what an earlier server left open, then write. Raises Unavailable."""
+    def start(self, dead: Iterable[str] = ()) -> None:
+        """End what an earlier server of this name, and servers that are `dead`, left open; then write. Raises Unavailable."""
         with self._storage.write() as tx:
-            interrupted = tx.usage.interrupt(self.server)
+            interrupted = sum(tx.usage.interrupt(server) for server in (self.server, *dead))
         if interrupted:
             log.warning("usage_interrupted", rows=interrupted)
         self._thread = threading.Thread(target=self._run, name="usage-ledger", daemon=True)

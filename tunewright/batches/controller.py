@@ -53,7 +53,7 @@ class BatchController:
         self._speeches = speeches
         places = settings.batch_concurrency or settings.engine_slots
         self._batch_places, self._async_places = asyncio.Semaphore(places), asyncio.Semaphore(places)
-        self._lease = Lease(storage, "batches", holder_of(home.root))
+        self._lease = Lease(storage, "batches", lambda: holder_of(home))
         self._runs: dict[str, tuple[BatchRun, asyncio.Task[None]]] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._troubled: dict[str, float] = {}
@@ -89,9 +89,10 @@ class BatchController:
 
     def _sweep(self) -> None:
         """Folders of batches that have ended go."""
+        folders = list(self._home.batches.iterdir())  # before the look, for others may be at it
         with self._storage.read() as tx:
             unfinished = {batch.id for batch in tx.batches.unfinished()}
-        for folder in self._home.batches.iterdir():
+        for folder in folders:
             if folder.name not in unfinished:
                 shutil.rmtree(folder, ignore_errors=True)
 

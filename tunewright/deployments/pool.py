@@ -39,6 +39,7 @@ from tunewright.deployments.workers import (
 from tunewright.errors import InvalidRequest, TunewrightError, Unavailable
 from tunewright.i18n import mark
 from tunewright.jobs.ports import Runner
+from tunewright.models.file_lock import held
 from tunewright.models.records import FULL, Base, TunedModel
 from tunewright.rendering.canary import canaries
 from tunewright.rendering.renderer import renderer_of
@@ -53,8 +54,10 @@ _PING_EVERY_S = 2.0
 class Pool:
     """Owns all engine workers of this server. Thread-safe; the `async` methods may run on any event loop."""
 
-    def __init__(self, home: HomeFolder, settings: Settings, runner: Runner) -> None:
+    def __init__(self, home: HomeFolder, settings: Settings, runner: Runner, *, shared: bool = False) -> None:
+        """`shared`: other servers of the home may use the same workers."""
         self._home = home
+        self._shared = shared
         self._settings = settings
         self._runner = runner
         self._workers: dict[str, Worker] = {}
@@ -134,7 +137,12 @@ class Pool:
 
     def memory_bytes(self) -> int:
         """What the workers hold in memory now."""
-        return sum(map(self._processes.memory_bytes, list(self._workers.values())))
+        workers = list(self._workers.values())
+        total = sum(map(self._processes.memory_bytes, workers))
+        if self._shared:
+            known = {worker.process.pid for worker in workers}
+            total += self._processes.memory_in(self._home.workers.glob("*/worker.json"), known)
+        return total
 
     async def states(self) -> list[State]:
         """What the workers say of themselves now; one that does not answer within a second is left out."""
@@ -198,13 +206,15 @@ class Pool:
         self._keeper = threading.Thread(target=self._keep, name="engine-keeper", daemon=True)
         self._keeper.start()
 
-    def stop(self) -> None:
-        """End all workers of this home, also those that an earlier server left (SIGTERM, then SIGKILL after 5 s).
+    def stop(self, *, others_stay: bool = False) -> None:
+        """End all workers of this home, also those that an earlier server left (SIGTERM, then SIGKILL after 5 s); none if
+        other servers stay, which use them.
 
         Takes no more than that. Safe to call twice.
         """
         self._stopping.set()
-        self._processes.end_in(self._home.workers.iterdir())
+        if not others_stay:
+            self._processes.end_in(self._home.workers.iterdir())
         if self._keeper is not None:
             self._keeper.join(1.0)
         self._workers.clear()
@@ -238,23 +248,41 @@ class Pool:
                 if worker is not None:
                     self._quarantine.died(worker.process.pid)
                 self._respect_backoff(base)
-                worker = self._adopt(base) or self._start(base)
+                with self._alone_at(base):
+                    worker = self._adopt(base) or self._start(base)
                 self._workers[base.code] = worker
                 self._failures.pop(base.code, None)
             future.set_result(worker)
         except BaseException as error:  # handed to those who wait
             future.set_exception(error)
 
+    @contextmanager
+    def _alone_at(self, base: Base) -> Iterator[None]:
+        """While no other server of the home looks for a worker of `base`, or starts one."""
+        if not self._shared:
+            yield
+            return
+        with held(self._home.temporary / f"start-{base.code}.lock"):
+            yield
+
+    def _folders(self, base: Base) -> list[Path]:
+        """Where a worker of `base` may be. There are two while servers of one home ask for different ones, being restarted
+        one after another with new settings."""
+        own = self._home.workers / base.code
+        return [own, own.with_name(f"{base.code}@2")] if self._shared else [own]
+
     def _adopt(self, base: Base) -> Worker | None:
-        """The worker that an earlier server started, if it answers and was started with what we would ask for now."""
-        found = self._processes.find(self._home.workers / base.code)
-        if found is None or not asks_for(found[1], self._spec(base)):
-            return None
-        log.info("engine_adopted", base=base.code, pid=found[0].process.pid)
-        return found[0]
+        """The worker that another server started, if it answers and was started with what we would ask for now."""
+        for folder in self._folders(base):
+            found = self._processes.find(folder)
+            if found is not None and asks_for(found[1], self._spec(base)):
+                log.info("engine_adopted", base=base.code, pid=found[0].process.pid)
+                return found[0]
+        return None
 
     def _start(self, base: Base) -> Worker:
-        folder = self._home.workers / base.code
+        folders = self._folders(base)
+        folder = next((each for each in folders if self._processes.find(each) is None), folders[0])
         try:
             return self._processes.start(folder, self._spec(base))
         except StartFailed:

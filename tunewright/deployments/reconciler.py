@@ -18,13 +18,13 @@ from tunewright.deployments import decision
 from tunewright.deployments.decision import BACKING_OFF, DRAINING, READY, SILENT, STARTING, Drain, Start
 from tunewright.deployments.probes import Probes
 from tunewright.deployments.quarantine import Quarantine
-from tunewright.deployments.records import DEPLOYING, FAILED, LIVE, Deployment, DeploymentEvent, Reason, ReplicaRecord
+from tunewright.deployments.records import DEPLOYING, FAILED, LIVE, Deployment, Reason, ReplicaRecord
 from tunewright.deployments.records import READY as ALL_READY
 from tunewright.deployments.replicas import BringUp, Replica, Up
+from tunewright.deployments.running import Follower, Running, called_note, event_of
 from tunewright.deployments.workers import Worker, Workers
 from tunewright.errors import TunewrightError
 from tunewright.i18n import mark
-from tunewright.ids import new_id
 from tunewright.jobs.lease import Lease, holder_of
 from tunewright.jobs.line import Line, gigabytes
 from tunewright.jobs.ports import Runner
@@ -45,45 +45,8 @@ _MEMORY_PAUSE_S = 5.0
 _YOUNG_S = 30.0
 """A replica that dies sooner after it was ready has failed to start, in effect."""
 _GROWN = 1.05
-
-
-class Running:
-    """What this server knows of one deployment that its row does not say."""
-
-    def __init__(self, deployment: Deployment) -> None:
-        self.deployment = deployment
-        self.replicas: list[Replica] = []
-        self.next_number = 1
-        self.retired = False
-        self.called_s = mono_s()
-        """When a call last began or ended."""
-        self.news: list[DeploymentEvent] = []
-
-    def tell(self, code: str, message: str, level: str = "info", **values: Any) -> None:
-        """An event that is stored with the next change."""
-        self.news.append(event_of(self.deployment, code, message, level, **values))
-
-    def in_flight(self) -> int:
-        """Calls that its replicas have not ended yet."""
-        return sum(replica.in_flight for replica in list(self.replicas))
-
-    def held_bytes(self) -> int:
-        """What its replicas hold in memory."""
-        return sum(replica.memory_bytes for replica in list(self.replicas))
-
-
-def event_of(deployment: Deployment, code: str, message: str, level: str = "info", **values: Any) -> DeploymentEvent:
-    """An event of now; `message` is a marked text."""
-    return DeploymentEvent(
-        project_id=deployment.project_id,
-        deployment_id=deployment.id,
-        id=new_id("depevent"),
-        level=level,
-        code=code,
-        message=message,
-        values=values,
-        created_at=wall_s(),
-    )
+_TOLD_S = 2.0
+"""After this long the other servers of the home know what has become of a replica."""
 
 
 class Reconciler:
@@ -98,20 +61,29 @@ class Reconciler:
         runner: Runner,
         line: Line,
         pool_bytes: Callable[[], int],
+        *,
+        shared: bool = False,
     ) -> None:
+        """`shared`: other servers of the home may send calls to the same replicas, and keep them when this one does not."""
         self._storage = storage
         self._home = home
         self._settings = settings
         self._line = line
         self._pool_bytes = pool_bytes
-        self._lease = Lease(storage, "deployments", holder_of(home.root))
+        self._shared = shared
+        self._lease = Lease(storage, "deployments", lambda: holder_of(home))
         self._stopping = threading.Event()
         self._woken = threading.Event()
         self._workers = Workers(runner, settings, self._stopping)
         self._bring_up = BringUp(home, settings, runner, self._workers, models, self._stopping)
         self._probes = Probes(self._workers, settings, self._all_replicas, self._stopping, self.wake)
         self.quarantine = Quarantine(settings.engine_silence_limit_s + 1.0)
+        self._follower = Follower(home, self._workers, self.quarantine)
         self._running: dict[str, Running] = {}
+        self._leads = True
+        """Whether the last pass acted, or only followed the server that does."""
+        self._followed: set[str] = set()
+        """Deployments that are known from following, and not taken over yet."""
         self._expected: dict[str, Deployment] = {}
         """Those that were made or changed since the last pass."""
         self._swept = False
@@ -132,15 +104,17 @@ class Reconciler:
         """Look now: something has changed. May be called from any thread."""
         self._woken.set()
 
-    def stop(self) -> None:
-        """End the loop and all replicas of this home. Takes no more than a few seconds. Safe to call twice."""
+    def stop(self, *, others_stay: bool = False) -> None:
+        """End the loop and all replicas of this home, which are left to other servers if some stay. Takes no more than a few
+        seconds. Safe to call twice."""
         self._stopping.set()
         self.wake()
         if self._thread is not None:
             self._thread.join(5.0)
             self._thread = None
             self._lease.release()
-        self._workers.end_in(path for path in self._home.workers.glob("dep-*/*") if path.is_dir())
+        if not others_stay:
+            self._workers.end_in(path for path in self._home.workers.glob("dep-*/*") if path.is_dir())
 
     def running(self, deployment_id: str) -> Running | None:
         """What is known of a deployment now; None before the loop has seen it."""
@@ -193,10 +167,14 @@ class Reconciler:
             wishes = tx.deployments.live()
         for deployment in wishes:
             self._expected.pop(deployment.id, None)
-        if not wishes and not self._running and self._swept:
+        if not wishes and not self._running and (self._swept or not self._leads):
             return False
         if not self._lease.held():
-            return False
+            self._leads = False
+            self._follower.follow(self._running, wishes)
+            self._followed = set(self._running)
+            return any(each.status != ALL_READY for each in wishes)
+        self._leads = True
         self._drop_others({deployment.id for deployment in wishes})
         self._measure()
         active = False
@@ -227,8 +205,9 @@ class Reconciler:
 
     def _reconcile(self, deployment: Deployment) -> bool:
         running = self._running.get(deployment.id)
-        if running is None:
-            running = self._running[deployment.id] = self._found(deployment)
+        if running is None or deployment.id in self._followed:
+            self._followed.discard(deployment.id)
+            running = self._running[deployment.id] = self._found(deployment, running)
         running.deployment = deployment
         for replica in list(running.replicas):
             self._look_at(running, replica)
@@ -243,31 +222,38 @@ class Reconciler:
         self._settle(running)
         return running.deployment.status != ALL_READY and running.deployment.wanted > 0
 
-    def _found(self, deployment: Deployment) -> Running:
-        """The replicas that the row and the folders tell of. Those that wait for another try go on waiting."""
-        running = Running(deployment)
+    def _found(self, deployment: Deployment, followed: Running | None = None) -> Running:
+        """The replicas that the row and the folders tell of. Those that wait for another try go on waiting, and those that are
+        known from having `followed` another server go on taking calls."""
+        running = followed or Running(deployment)
+        known = {replica.record.number: replica for replica in running.replicas if replica.worker is not None}
+        replicas: list[Replica] = []
         records = {record.number: record for record in deployment.replica_records}
         folder = self._home.workers / deployment.id
-        if not deployment.wanted:
+        if not deployment.wanted and followed is None:
             self._kill_in(folder)
             return running
         for path in folder.iterdir() if folder.is_dir() else ():
             if path.name.isdecimal():
                 records.setdefault(int(path.name), ReplicaRecord(number=int(path.name)))
         for number, record in sorted(records.items()):
-            replica = Replica(folder / str(number), record)
-            running.replicas.append(replica)
+            replica = known.get(number) or Replica(folder / str(number), record)
+            replicas.append(replica)
             running.next_number = max(running.next_number, number + 1)
-            if record.state == BACKING_OFF:
+            if replica.worker is not None:
+                replica.current = self._bring_up.is_current(replica, deployment)
+            elif record.state == BACKING_OFF:
                 wait_s = (record.next_try_at or 0) - wall_s()
                 replica.due_s = mono_s() + min(max(wait_s, 0), decision.LONGEST_PAUSE_S)
             else:
                 replica.enter(STARTING)
                 self._start(running, replica, adopt=True)
+        running.replicas = replicas
         return running
 
     def _look_at(self, running: Running, replica: Replica) -> None:
         """Bring the replica's state up to what became of its process."""
+        replica.others_calls = self._calls_of_others(replica) if self._shared else 0
         number = replica.record.number
         if replica.state == STARTING and replica.outcome is not None:
             outcome, replica.outcome = replica.outcome, None
@@ -291,6 +277,14 @@ class Reconciler:
                 running.tell("replica_ready", mark("Replica {number} takes calls."), number=number)
             elif replica.state == READY and replica.record.failures and mono_s() - replica.since_s > _YOUNG_S:
                 replica.enter(READY, failures=0, reason=None)
+
+    def _calls_of_others(self, replica: Replica) -> int:
+        """How many calls of other servers it may have."""
+        if replica.worker is None or replica.state not in (READY, DRAINING):
+            return 0
+        if replica.state == READY or mono_s() - replica.since_s < _TOLD_S:
+            return 1  # none that we know of, but one may be on its way
+        return max(0, self._workers.calls(replica.worker) - replica.in_flight)
 
     def _takes_calls(self, running: Running, replica: Replica, up: Up) -> None:
         replica.worker, replica.current = up.worker, up.current
@@ -399,7 +393,14 @@ class Reconciler:
             and deployment.status == ALL_READY
             and not running.in_flight()
             and mono_s() - running.called_s >= deployment.idle_minutes * 60
+            and not (self._shared and self._called_elsewhere(deployment, deployment.idle_minutes * 60))
         )
+
+    def _called_elsewhere(self, deployment: Deployment, within_s: float) -> bool:
+        try:
+            return wall_s() - called_note(self._home, deployment).stat().st_mtime < within_s
+        except FileNotFoundError:
+            return False
 
     # -- what is stored -----------------------------------------------------------------------------------------------
 

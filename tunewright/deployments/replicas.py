@@ -58,6 +58,8 @@ class Replica:
         self.current = True
         self.outcome: Up | Reason | None = None
         self.in_flight = 0
+        self.others_calls = 0
+        """Those that other servers may have sent to it."""
         self.memory_bytes = 0
         self.ended = False
         """Nobody wants it any more, whatever comes of a start under way."""
@@ -109,7 +111,7 @@ class Replica:
             number=self.record.number,
             state=self.state,
             current=self.current,
-            in_flight=self.in_flight,
+            in_flight=self.in_flight + self.others_calls,
             due=self.state == BACKING_OFF and mono_s() >= self.due_s,
             overdue=self.state == DRAINING and mono_s() - self.since_s >= drain_limit_s,
         )
@@ -151,6 +153,16 @@ class BringUp:
         except Exception:
             log.exception("replica_start_failed", worker=replica.folder.name)
             return Reason(code="internal_error", message=mark("A bug; the server's log has it."))
+
+    def is_current(self, replica: Replica, deployment: Deployment) -> bool:
+        """Whether the process of a replica was started with what is asked for now; if that can't be found out, too."""
+        try:
+            spec = msgspec.json.decode((replica.folder / "spec.json").read_bytes(), type=WorkerSpec)
+            resolved = self._models.resolve(deployment.project_id, deployment.model)
+            wanted, _ = self._wanted(deployment, replica.record.number, resolved.base, resolved.tuned)
+        except (OSError, msgspec.MsgspecError, TunewrightError, StartFailed):
+            return True
+        return asks_for(spec, wanted)
 
     def _up(self, replica: Replica, deployment: Deployment, adopt: bool) -> Up:
         resolved = self._models.resolve(deployment.project_id, deployment.model)

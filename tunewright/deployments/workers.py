@@ -7,7 +7,7 @@ worker writes once it can answer, and the log of its last start.
 import asyncio
 import secrets
 import threading
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 import msgspec
@@ -74,6 +74,18 @@ class Workers:
     def memory_bytes(self, worker: Worker) -> int:
         """What it holds in memory now."""
         return self._runner.memory_bytes(worker.process.pid)
+
+    def memory_in(self, notes: Iterable[Path], known: Collection[int]) -> int:
+        """What the live workers that these `worker.json` tell of hold in memory, but for those whose pid is `known`."""
+        total = 0
+        for note in notes:
+            try:
+                process = msgspec.json.decode(note.read_bytes(), type=WorkerProcess)
+            except (OSError, msgspec.MsgspecError):
+                continue
+            if process.pid not in known and self._runner.alive(process.pid, process.start_ticks):
+                total += self._runner.memory_bytes(process.pid)
+        return total
 
     def kill(self, worker: Worker) -> None:
         """End it at once; no error if it is gone."""
@@ -155,6 +167,16 @@ class Workers:
         except (WorkerGone, TunewrightError):
             return Trouble("died")
         return None if state.step_s < self._settings.engine_step_limit_s else Trouble("stuck", state.running)
+
+    def calls(self, worker: Worker) -> int:
+        """How many calls it is at, of whomever; 1 if it does not say so in time. Blocks."""
+        try:
+            state = asyncio.run(worker.client.health(_STATE_LIMIT_S))
+        except (WorkerGone, TunewrightError):
+            return 0
+        except WorkerSlow:
+            return 1
+        return state.active + state.waiting
 
     def end_in(self, folders: Iterable[Path]) -> None:
         """End everything that runs in these folders: SIGTERM, and SIGKILL after 5 s. Takes no more than that."""

@@ -61,7 +61,7 @@ class JobController:
     ) -> None:
         self._storage = storage
         self._settings = settings
-        self._lease = Lease(storage, "jobs", lease_holder or holder_of(home.root))
+        self._lease = Lease(storage, "jobs", lease_holder or (lambda: holder_of(home)))
         self._trainers = Trainers(home.jobs, runner, trainer_module, settings.heartbeat_limit_s)
         self._moves = Moves(
             storage,
@@ -77,6 +77,7 @@ class JobController:
         )
         self._woken = threading.Event()
         self._stopping = threading.Event()
+        self._others_stay = False
         self._thread: threading.Thread | None = None
         self._cleaned_s = mono_s()
         self._troubles: dict[str, tuple[int, float]] = {}
@@ -91,12 +92,14 @@ class JobController:
         """Look now: something has changed. May be called from any thread."""
         self._woken.set()
 
-    def stop(self) -> None:
+    def stop(self, *, others_stay: bool = False) -> None:
         """End the loop, and treat running trainers as `settings.on_shutdown` says: with `checkpoint` they save and end
-        (killed after `cancel_grace_s`) and their jobs wait in the queue, with `continue` they go on alone.
+        (killed after `cancel_grace_s`) and their jobs wait in the queue, with `continue` they go on alone. If other servers
+        stay, one of them has them from now on.
 
         Takes at most about `cancel_grace_s`. Safe to call twice.
         """
+        self._others_stay = others_stay
         self._stopping.set()
         self.wake()
         if self._thread is not None:
@@ -152,7 +155,8 @@ class JobController:
         if not self._lease.held():
             return
         deadline_s = mono_s() + self._settings.cancel_grace_s + 5.0
-        while self._settings.on_shutdown == "checkpoint" and mono_s() < deadline_s:
+        parks = self._settings.on_shutdown == "checkpoint" and not self._others_stay
+        while parks and mono_s() < deadline_s:
             with self._storage.read() as tx:
                 jobs = tx.jobs.unfinished()
             parked = [self._moves.park(job) for job in jobs]  # all at once, not one after another

@@ -4,6 +4,7 @@ import shutil
 import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -94,7 +95,7 @@ class ImagePass:
         self._manifest = folder / f"{part}.manifest"
         self._told_s = 0.0
 
-    def run(self, obtainer: Obtainer, blobs_lock: threading.RLock, stopping: threading.Event) -> None:
+    def run(self, obtainer: Obtainer, blobs_lock: AbstractContextManager[object], stopping: threading.Event) -> None:
         """Raises FileDeleted, Stopped, OSError, StorageFull, Unavailable; what is done until then need not be done again."""
         try:
             self._blobs.local_copy(content_key(self._file.project_id, self._file.id), self._data)
@@ -122,7 +123,7 @@ class ImagePass:
     # --- obtaining
 
     def _obtain_all(
-        self, obtainer: Obtainer, blobs_lock: threading.RLock, stopping: threading.Event
+        self, obtainer: Obtainer, blobs_lock: AbstractContextManager[object], stopping: threading.Event
     ) -> dict[bytes, Outcome]:
         outcomes, inherited = self._read_journal(), self._inherited()
         size = sum({outcome.sha256: outcome.size_bytes for outcome in outcomes.values()}.values())
@@ -175,7 +176,7 @@ class ImagePass:
                 raise
         return outcomes
 
-    def _obtain_one(self, url: str, obtainer: Obtainer, blobs_lock: threading.RLock) -> Outcome:
+    def _obtain_one(self, url: str, obtainer: Obtainer, blobs_lock: AbstractContextManager[object]) -> Outcome:
         check_room(self._folder, self._settings.min_free_disk_bytes)
         outcome, path = obtainer.obtain(url)
         if path is None:
@@ -220,7 +221,7 @@ class ImagePass:
             pass  # it had no images, or is gone
         return known
 
-    def _take_over(self, known: Outcome, blobs_lock: threading.RLock) -> bool:
+    def _take_over(self, known: Outcome, blobs_lock: AbstractContextManager[object]) -> bool:
         """Refer to an image that is stored already; False if it has gone meanwhile."""
         with blobs_lock, self._storage.write() as tx:
             if not tx.images.used(self._file.project_id, known.sha256):

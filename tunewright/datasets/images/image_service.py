@@ -9,7 +9,7 @@ it was and asks no host twice.
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -86,8 +86,11 @@ class ImageService:
         self._settings = settings
         allowed = egress or Egress(settings.remote_media_hosts)
         self._egress = None if settings.remote_media == "off" else allowed
-        self._blobs_lock = threading.RLock()
-        """Held while an image is stored and referred to, and while one without references is deleted."""
+        self.blobs_lock: AbstractContextManager[object] = threading.RLock()
+        """Held while an image is stored and referred to, and while one without references is deleted. Reentrant. Servers that
+        share the store need one that they share too."""
+        self.acts: Callable[[], bool] = lambda: True
+        """Whether this server's loop is the one that acts, where there may be several."""
         self._woken = threading.Event()
         self._stopping = threading.Event()
         self._busy: dict[str, str] = {}
@@ -173,7 +176,7 @@ class ImageService:
             kept.append(file.id)
 
         staged = {file.id: list(prepared.staged) for file, prepared in arrivals if prepared.manifest is not None}
-        with self._blobs_lock:
+        with self.blobs_lock:
             try:
                 for file, prepared in arrivals:
                     if prepared.manifest is not None:
@@ -211,7 +214,7 @@ class ImageService:
         except msgspec.DecodeError:  # not one of ours: they are written in one step
             note.unlink()
             return
-        with self._blobs_lock:
+        with self.blobs_lock:
             with self._storage.read() as tx:
                 known = tx.files.get(project_id, file_id) is not None
                 unused = [hashed for hashed in hashes if not tx.images.used(project_id, hashed)]
@@ -281,6 +284,8 @@ class ImageService:
             return
         with self._storage.read() as tx:
             files = tx.images.processing(1000)
+        if not files or not self.acts():
+            return
         for file in files:
             due_s = self._troubles.get(file.id, (0, 0.0))[1]
             if len(self._busy) < _LANES and file.project_id not in self._busy.values() and mono_s() >= due_s:
@@ -300,7 +305,7 @@ class ImageService:
             with Decoder() as decoder:
                 obtainer = Obtainer(self._folder, self._egress, decoder, self._stopping)
                 one = ImagePass(self._storage, self._blobs, self._folder, self._settings, file)
-                one.run(obtainer, self._blobs_lock, self._stopping)
+                one.run(obtainer, self.blobs_lock, self._stopping)
             self._troubles.pop(file.id, None)
         except (FileDeleted, Stopped):
             self._troubles.pop(file.id, None)
