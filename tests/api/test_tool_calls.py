@@ -34,7 +34,7 @@ class ScriptedPool:
     """Answers `text`, three characters for each token. `asked` is the last order, `closed` whether it was given up."""
 
     def __init__(self) -> None:
-        self.text = ""
+        self.text, self.reason = "", "stop"
         self.asked: Generate | None = None
         self.n_sent = 0
 
@@ -48,7 +48,7 @@ class ScriptedPool:
         for start in range(0, len(self.text), 3):
             self.n_sent += 1
             yield TokenText(text=self.text[start : start + 3], n_tokens=self.n_sent)
-        yield Done(reason="stop", prompt_tokens=len(request.prompt_ids), completion_tokens=self.n_sent)
+        yield Done(reason=self.reason, prompt_tokens=len(request.prompt_ids), completion_tokens=self.n_sent)
 
 
 @pytest.fixture
@@ -170,3 +170,30 @@ async def test_what_is_not_honoured_is_refused(sdk: AsyncOpenAI, fields: dict[st
         await ask(sdk, **fields)
     assert caught.value.param == param
     assert "not required" not in caught.value.message
+
+
+@pytest.mark.parametrize("url", ["/v1/chat/completions", "/api/paas/v4/chat/completions"])
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_second_call_cut_off_is_a_call_as_far_as_it_goes(
+    sdk: AsyncOpenAI, pool: ScriptedPool, url: str, stream: bool
+) -> None:
+    """The first stays whole, nothing of the second is text, and `finish_reason` says that the answer is not whole."""
+    pool.text, pool.reason = call("f", n=1) + "\n" + call("get_weather", city="Tokyo")[:-20], "length"
+    headers = {"Authorization": f"Bearer {sdk.api_key}"}
+    body = {"model": "tiny", "messages": QUESTION, "tools": TOOLS, "stream": stream}
+    answer = await sdk._client.post(f"http://localhost{url}", json=body, headers=headers)
+    if stream:
+        lines = [line.removeprefix("data: ") for line in answer.text.splitlines() if line.startswith("data: {")]
+        choices = [choice for line in lines for choice in json.loads(line)["choices"]]
+        message: dict[str, Any] = {
+            "content": "".join(choice["delta"].get("content") or "" for choice in choices),
+            "tool_calls": [one for choice in choices for one in choice["delta"].get("tool_calls") or ()],
+        }
+    else:
+        choices = answer.json()["choices"]
+        message = choices[0]["message"]
+    assert choices[-1]["finish_reason"] == "length"
+    assert not message["content"]
+    first, second = (one["function"] for one in message["tool_calls"])
+    assert (first["name"], json.loads(first["arguments"])) == ("f", {"n": 1})
+    assert (second["name"], second["arguments"]) == ("get_weather", '{"city": "T')

@@ -202,3 +202,50 @@ def test_reasoning_streams_and_an_open_one_ends_with_the_answer() -> None:
     assert parser.push("see.\n</think>\n\nYes") == [ReasoningPiece(" see."), TextPiece("Yes")]
     assert read(["thinking</think>Yes"], reasoning_open=True) == ("thinking", "Yes", [])
     assert read(["<think>cut"]) == ("cut", "", [])
+
+
+def cut(text: str, *, bare_calls: bool = False) -> tuple[str, list[tuple[str | None, str]]]:
+    """Text and calls of an answer that ended at max_tokens."""
+    parser = AnswerParser((TOOL,), bare_calls=bare_calls)
+    pieces = [*parser.push(text), *parser.finish(cut=True)]
+    shown = "".join(p.text for p in pieces if isinstance(p, TextPiece))
+    return shown, [(p.name, p.arguments) for p in pieces if isinstance(p, CallPiece)]
+
+
+@pytest.mark.parametrize("before", ["", "<tool_call>\nf\n</tool_call>\n", "See:\n"])
+@pytest.mark.parametrize(
+    ("body", "arguments"),
+    [
+        ("<to", None),
+        ("<tool_call>", None),
+        ('<tool_call>\n{ "na', None),
+        ('<tool_call>\n{"name": "f', None),
+        ('<tool_call>\n{"name": "f"', ""),
+        ('<tool_call>\n{"name": "f", "argum', ""),
+        ('<tool_call>\n{"name": "f", "arguments": {"text": "a}', '{"text": "a}'),
+        ('<tool_call>\n{"name": "f", "parameters": {"n": 1}', '{"n": 1}'),
+        ('<tool_call>\n{"name": "f", "arguments": {"n": 1}}\n</tool', '{"n": 1}'),
+        ("<tool_call>f", ""),
+        ("<tool_call>f\n<arg_key>n</arg_key>\n<arg_va", ""),
+        ("<tool_call>f\n<arg_key>n</arg_key>\n<arg_value>1</arg_value>\n<arg_key>te", '{"n": 1'),
+    ],
+)
+def test_a_call_at_which_the_answer_was_cut_off_is_no_text(before: str, body: str, arguments: str | None) -> None:
+    """As far as it was written it is a call, and what is not whole is not JSON; without a name nothing is to be seen of it."""
+    text, calls = cut(before + body)
+    assert text.strip() == ("See:" if before.startswith("See") else "")
+    expected = [] if arguments is None else [("f", arguments)]
+    assert calls == ([("f", "{}")] if "f\n</" in before else []) + expected
+
+
+@pytest.mark.parametrize(
+    "text", ["a <", "<tool_call>no call", '<tool_call>{"title": "f', '<tool_call>{"name": "other", "arguments": {']
+)
+def test_what_is_no_call_stays_text_when_it_is_cut_off(text: str) -> None:
+    assert cut(text) == (text, [])
+
+
+def test_a_bare_call_is_told_from_an_answer_in_json_by_its_arguments() -> None:
+    assert cut('{"name": "f", "arguments": {"n', bare_calls=True) == ("", [("f", '{"n')])
+    for text in ('{"name": "f", "born": 19', '{"name": "f"', '{"name": "other", "arguments": {'):
+        assert cut(text, bare_calls=True) == (text, [])

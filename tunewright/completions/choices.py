@@ -43,7 +43,7 @@ async def answer_deltas(
             if isinstance(reply, TokenText):
                 logprobs += [_logprob(score, renderer) for score in reply.scores]
             else:
-                pieces += parser.finish()
+                pieces += parser.finish(cut=reply.reason == "length")
             for piece in _to_first_call(pieces) if one_call else pieces:
                 called = called or isinstance(piece, CallPiece)
                 delta = _delta(piece, choice)

@@ -22,6 +22,10 @@ class Offered:
     def __contains__(self, name: str) -> bool:
         return name in self._arguments
 
+    def begins(self, text: str) -> bool:
+        """Whether one of their names begins with `text`."""
+        return any(name.startswith(text) for name in self._arguments)
+
     def takes_text(self, name: str, argument: str) -> bool:
         """Whether the schema says that the argument is a text and nothing else."""
         schema = self._arguments.get(name, {}).get(argument)
@@ -79,6 +83,28 @@ def read_bare_call(text: str, offered: Offered) -> tuple[str, str] | None:
     return call if named and not {"arguments", "parameters"}.isdisjoint(json.loads(text)) else None
 
 
+def read_cut_call(body: str, offered: Offered) -> tuple[str, str] | None:
+    """Name and arguments of a call that breaks off, as far as they are written; None if it is no call of an offered function.
+
+    Both are empty while the name is not whole. Arguments that are not whole are not JSON: nobody can take them for the call.
+    """
+    text = body.strip()
+    begun = _BEGUN.match(text)
+    if begun is not None:
+        name = _value(begun[1])
+        return (name, begun[2] or "") if name in offered else None
+    name, pair, rest = text.partition("<arg_key>")
+    name = name.strip()
+    if pair and name in offered:
+        call = _from_pairs(name + "".join(found[0] for found in _PAIR.finditer(pair + rest)), offered)
+        return name, "" if call is None or call[1] == "{}" else call[1].removesuffix("}")
+    if not pair and name in offered:
+        return name, ""
+    compact = "".join(text.split())
+    in_name = compact.startswith(_NAMED) and '"' not in compact.removeprefix(_NAMED)
+    return ("", "") if in_name or _NAMED.startswith(compact) or offered.begins(name) else None
+
+
 def _from_json(text: str) -> tuple[str, str] | None:
     try:
         call = json.loads(text)
@@ -113,4 +139,8 @@ def _value(text: str) -> Any:
 
 
 _PAIR = re.compile(r"<arg_key>(.*?)</arg_key>\s*<arg_value>(.*?)</arg_value>", re.DOTALL)
+_NAMED = '{"name":"'
+_BEGUN = re.compile(
+    r'\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")(?:\s*,\s*"(?:arguments|parameters)"\s*:\s*(.*))?', re.DOTALL
+)
 _NAME = re.compile(r"[\w.-]{1,64}")

@@ -6,7 +6,7 @@ from typing import Any
 import msgspec
 
 from tunewright.ids import random_text
-from tunewright.rendering.call_forms import ObjectEnd, Offered, read_bare_call, read_call
+from tunewright.rendering.call_forms import ObjectEnd, Offered, read_bare_call, read_call, read_cut_call
 
 
 class TextPiece(msgspec.Struct, frozen=True):
@@ -22,7 +22,8 @@ class ReasoningPiece(msgspec.Struct, frozen=True):
 
 
 class CallPiece(msgspec.Struct, frozen=True):
-    """A call, complete: `index` counts from 0, `arguments` is JSON text (or what the model wrote in its place)."""
+    """A call in one piece: `index` counts from 0, `arguments` is JSON text, or what the model wrote in its place, or where
+    the answer was cut off its beginning."""
 
     index: int
     id: str | None
@@ -34,6 +35,8 @@ Piece = TextPiece | ReasoningPiece | CallPiece
 
 _CALL, _CALL_END = "<tool_call>", "</tool_call>"
 _THINK, _THINK_END = "<think>", "</think>"
+_SURELY_TAG = 2
+"""Characters of a tag at which an answer is cut off; a single one may be text."""
 
 
 class AnswerParser:
@@ -55,6 +58,7 @@ class AnswerParser:
         self._object = ObjectEnd()
         self._calls = 0
         self._gap = ""
+        self._cut = False
         # White space waits in `_gap` until it is known whether text follows; at a border it is dropped.
         self._border = reasoning_open
         self._found: list[Piece] = []
@@ -64,8 +68,10 @@ class AnswerParser:
         self._buffer += text
         return self._advance(at_end=False)
 
-    def finish(self) -> list[Piece]:
-        """The rest, after the last `push`."""
+    def finish(self, *, cut: bool = False) -> list[Piece]:
+        """The rest, after the last `push`. Of an answer that was `cut` off the call that it breaks off in is a call, too, with
+        the arguments as far as they are written; without its name it is nothing at all."""
+        self._cut = cut
         return self._advance(at_end=True)
 
     def _advance(self, *, at_end: bool) -> list[Piece]:
@@ -120,7 +126,11 @@ class AnswerParser:
         if end < 0 and not at_end:
             self._searched = len(self._buffer)
             return False
-        call = read_call(self._buffer if end < 0 else self._buffer[:end], self._offered)
+        body = self._buffer if end < 0 else self._buffer[:end]
+        if end < 0 and behind:
+            body = body[: len(body) - _overlap(body, _CALL_END)]
+        whole = end >= 0 or not self._cut or bool(behind)
+        call = read_call(body, self._offered) if whole else read_cut_call(body, self._offered)
         if call is None:
             self._emit(TextPiece, _CALL)
         else:
@@ -134,21 +144,27 @@ class AnswerParser:
         if end is None and not at_end:
             return False
         call = read_bare_call(self._buffer[:end], self._offered) if end else None
+        if end is None and self._cut:  # an answer in JSON may begin like a call up to the word `arguments`
+            call = read_cut_call(self._buffer, self._offered)
+            call = call if call is not None and call[1] else None
         if call is not None:
-            self._take(call, end or 0)
+            self._take(call, end or len(self._buffer))
         self._step = self._text
         return True
 
     def _take(self, call: tuple[str, str], end: int) -> None:
-        """Emit `call`, which takes the buffer up to `end`."""
-        self._found.append(CallPiece(self._calls, f"call_{random_text(24)}", *call))
-        self._calls += 1
+        """Emit `call`, which takes the buffer up to `end`; one without a name is left out."""
+        if call[0]:
+            self._found.append(CallPiece(self._calls, f"call_{random_text(24)}", *call))
+            self._calls += 1
         self._buffer = self._buffer[end:]
         self._gap, self._border = "", True
 
     def _emit_but_tag(self, kind: type[TextPiece] | type[ReasoningPiece], tag: str, at_end: bool) -> None:
         """Emit the buffer, but keep an end that may be the beginning of `tag`."""
-        keep = 0 if at_end else _overlap(self._buffer, tag)
+        keep = _overlap(self._buffer, tag)
+        if at_end and not (self._cut and keep >= _SURELY_TAG):
+            keep = 0
         ready = self._buffer[: len(self._buffer) - keep]
         self._buffer = self._buffer[len(ready) :]
         self._emit(kind, ready)
