@@ -18,7 +18,9 @@ from tests.engines.families import family, linears_of
 from tests.tiny_glm import tiny_glm
 from tests.tiny_models import tiny_llama
 from tunewright.deployments.ports import Done, TokenScore, Trouble
+from tunewright.engines.batch import Batch
 from tunewright.engines.general import GeneralDecoder
+from tunewright.engines.kv_cache import SlotCache
 from tunewright.engines.loading import load_decoder
 from tunewright.engines.own_code import load_model
 from tunewright.engines.torch import Engine
@@ -165,6 +167,44 @@ def test_what_was_computed_before_changes_no_answer(world: World, engine_of: Fac
             )  # the last token of the answer was never read
             prompt = [*prompt, *said, *(rng.randrange(600) for _ in range(5))]
     assert engine.state().prefix_hits == 6
+
+
+def test_choices_read_their_prompt_once_and_are_what_each_would_be_alone(
+    world: World, engine_of: Factory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four seeds of one prompt, at once: the texts of separate requests, and a quarter of their reading."""
+    engine = engine_of(world.decoder, slots=4, adapters=1)
+    read: list[int] = []
+    logits = world.decoder.logits
+
+    def counting(batch: Batch, cache: SlotCache) -> torch.Tensor:
+        read.append(len(batch.input_ids_T))
+        return logits(batch, cache)
+
+    monkeypatch.setattr(world.decoder, "logits", counting)
+    for path in (None, world.adapters[1]):
+        common = {
+            "prompt_ids": [n * 7 % 600 for n in range(60)],
+            "max_tokens": 6,
+            "temperature": 1.0,
+            "top_logprobs": 0,
+        }
+        seeds = [common | request_values(path) | {"seed": seed} for seed in range(4)]
+        alone = [Call(engine, generate_request(**values)) for values in seeds]
+        separate = [(call.last(), call.text) for call in alone]
+        assert sum(read) == 4 * (60 + 5)
+        assert len({text for _, text in separate}) == 4
+        read.clear()
+        with engine._changed:  # all four are there before the engine looks
+            calls = [Call(engine, generate_request(**values, tenant="a")) for values in seeds]
+        done = [call.last() for call in calls]
+        assert [call.text for call in calls] == [text for _, text in separate]
+        for call, other in zip(calls, alone, strict=True):
+            for one, same in zip(call.scores, other.scores, strict=True):
+                assert one.token_id == same.token_id and abs(one.logprob - same.logprob) < NOISE
+        assert sum(read) == 60 + 3 + 4 * 5
+        assert [reply.cached_tokens for reply in done if isinstance(reply, Done)] == [0, 59, 59, 59]
+        read.clear()
 
 
 def test_reuse_is_for_one_tenant_and_one_adapter(world: World, engine_of: Factory, tmp_path: Path) -> None:

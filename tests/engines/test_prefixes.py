@@ -181,6 +181,36 @@ def test_what_is_not_known_to_be_sound_is_not_used(renderer: Renderer) -> None:
     assert world.add(prompt, 20, "a").reused == 0
 
 
+def test_what_prompts_that_come_together_begin_with_is_read_once(renderer: Renderer) -> None:
+    """As of the choices of one request. The first row reads, its tenant's others wait for it, and one that leaves is replaced."""
+    world = World(renderer, slots=8, context=300)
+    prompt = list(range(40))
+    leaver = world.add(prompt, 4, "a")
+    rows = [world.add(prompt, 4, "a") for _ in range(4)]
+    rows += [world.add([*prompt[:30], *[7] * 10], 4, "a"), world.add(prompt, 4, "b"), world.add(prompt, 4, None)]
+    world.step(5)
+    read = leaver.cached
+    assert read and not any(row.cached for row in rows)
+    world.running.remove(leaver)
+    while world.running.rows:
+        read += sum(len(part.tokens) for _, part in world.running.parts(5, 11) if not part.decoding)
+        world.step(5)
+        world.check()
+    assert [row.reused for row in rows] == [0, 39, 39, 39, 30, 0, 0]
+    assert read == leaver.cached + 40 + 3 * 1 + 10 + 40 + 40
+    assert world.running.prefixes.hits == 4
+    assert world.running.prefixes.tokens_reused == 3 * 39 + 30
+
+
+def test_one_of_one_token_leaves_its_prompt_to_the_others(renderer: Renderer) -> None:
+    world = World(renderer, slots=3, context=300)
+    rows = [world.add(list(range(40)), 1, "a") for _ in range(3)]
+    while world.running.rows:
+        world.step(5)
+        world.check()
+    assert [row.reused for row in rows] == [0, 39, 39]
+
+
 def test_a_forgotten_adapter_leaves_nothing(renderer: Renderer) -> None:
     world = World(renderer, slots=4, context=300)
     prompt = list(range(40))

@@ -1,4 +1,5 @@
-"""What has been computed is not computed again: keys and values of a prompt's beginning, from rows that ran or still run.
+"""What has been computed is not computed again: keys and values of a prompt's beginning, from rows that ran or still run. Of
+prompts that begin alike and come together one is read first (`rows.py`).
 
 A row that has ended leaves its tokens in the slots behind the running rows until the room is needed, the longest unused first.
 Only the owner of a row may go on with it: the same tenant (else the time of an answer would tell one what another has asked)
@@ -74,6 +75,22 @@ class Prefixes:
             self._kept[source].last_used = self._now()
         return length
 
+    def go_on(self, slot: int, owner: Owner | None, prompt: list[int], known: int, running: Iterable[Source]) -> int:
+        """Bring more of its prompt to a running row that has read none of it itself: others may have got further since it began.
+
+        Returns how many tokens it has then, of which it had `known`.
+        """
+        source, length = self._longest(owner, prompt[:-1], running)
+        if length < known + MIN_TOKENS:
+            return known
+        self.hits += not known
+        self.tokens_reused += length - known
+        self._cache.reserve(slot + 1, length)
+        self._cache.move(source, slot, length)
+        if source in self._kept:
+            self._kept[source].last_used = self._now()
+        return length
+
     def keep(self, slot: int, owner: Owner, tokens: list[int]) -> None:
         """The row that has just left the running ones had these tokens, which lie in `slot` now."""
         if len(tokens) < MIN_TOKENS:
@@ -110,7 +127,7 @@ class Prefixes:
         kept = (Source(slot, entry.owner, entry.tokens) for slot, entry in self._kept.items())
         for source in (*kept, *running) if owner is not None else ():
             if source.owner == owner:
-                length = _common(source.tokens, prompt)
+                length = common(source.tokens, prompt)
                 if length > best[1]:
                     best = source.slot, length
         return best if best[1] >= MIN_TOKENS else (-1, 0)
@@ -151,7 +168,7 @@ class Prefixes:
         return self._clock
 
 
-def _common(one: list[int], other: list[int]) -> int:
+def common(one: list[int], other: list[int]) -> int:
     """How many tokens two rows have in common at their beginning. Slices are compared at the speed of C."""
     low, high = 0, min(len(one), len(other))
     if one[:MIN_TOKENS] != other[:MIN_TOKENS]:

@@ -1,5 +1,6 @@
 """The sequences that run: their state, and their order in the cache."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -8,7 +9,7 @@ from tunewright.engines.adapter_files import Adapter
 from tunewright.engines.answer_text import AnswerText
 from tunewright.engines.batch import Part
 from tunewright.engines.kv_cache import SlotCache
-from tunewright.engines.prefixes import Owner, Prefixes, Source
+from tunewright.engines.prefixes import MIN_TOKENS, Owner, Prefixes, Source, common
 from tunewright.engines.sampling import Sampler
 from tunewright.engines.tickets import Ticket
 
@@ -115,14 +116,14 @@ class RunningRows:
 
     def add(self, row: Row) -> None:
         """Append a row; what is known of its prompt is in the cache then."""
-        sources = (
-            Source(slot, other.owner, other.sound_tokens)
-            for slot, other in enumerate(self.rows)
-            if other.owner is not None
-        )
-        row.reused = self.prefixes.begin(len(self.rows), row.owner, row.request.prompt_ids, sources)
+        row.reused = self.prefixes.begin(len(self.rows), row.owner, row.request.prompt_ids, self._sources())
         row.cached = row.reused
         self.rows.append(row)
+
+    def _sources(self) -> Iterator[Source]:
+        for slot, row in enumerate(self.rows):
+            if row.owner is not None:
+                yield Source(slot, row.owner, row.sound_tokens)
 
     def remove(self, row: Row, *, poisoned: bool = False) -> None:
         """Take a row out and close the gap; what it computed is kept behind the others while there is room.
@@ -169,12 +170,28 @@ class RunningRows:
         chosen = [(self.rows[slot], self.rows[slot].next_part(slot, 1)) for slot in decoding]
         budget = alone if len(self.rows) - self.n_decoding > len(chosen) else beside_decode
         for slot in range(self.n_decoding, len(self.rows)):
-            if budget <= 0:
+            if budget <= 0 or self._waits(slot):
                 break
             part = self.rows[slot].next_part(slot, budget)
             budget -= len(part.tokens)
             chosen.append((self.rows[slot], part))
         return chosen
+
+    def _waits(self, slot: int) -> bool:
+        """Whether a row in front is about to read what this one's prompt begins with, too, so that it need not be read twice.
+
+        Then those behind wait as well, for prompts end in the order of their slots; it is for one prompt at most.
+        """
+        row = self.rows[slot]
+        prompt = row.request.prompt_ids
+        if row.owner is None or row.cached > row.reused:
+            return False
+        row.reused = self.prefixes.go_on(slot, row.owner, prompt, row.reused, self._sources())
+        row.cached = row.reused
+        return any(
+            other.owner == row.owner and common(other.request.prompt_ids, prompt[:-1]) >= row.cached + MIN_TOKENS
+            for other in self.rows[self.n_decoding : slot]
+        )
 
     def to_put_back(self) -> list[Row]:
         """Rows of low priority that have not answered yet."""
