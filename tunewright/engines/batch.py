@@ -69,6 +69,8 @@ class Batch:
     groups: list[Group]
     chunks: list[Chunk]
     segments: list[Segment]
+    in_order: bool
+    """Whether the first tokens are those of the decoding rows, by their slots: then nothing has to be gathered."""
     wanted_W: torch.Tensor
     wanted_order: list[int]
     """Which part each wanted token belongs to, in the order of the logits."""
@@ -122,6 +124,7 @@ def make_batch(parts: list[Part], device: str) -> Batch:
         groups=_groups(lengths, decode[0][0] if decode else 0),
         chunks=chunks,
         segments=segments,
+        in_order=all(token == place for place, (_, token, _) in enumerate(decode)),
         wanted_W=torch.tensor(wanted, dtype=torch.long, device=device),
         wanted_order=wanted_order,
         wanted_segments=wanted_segments,

@@ -110,7 +110,7 @@ class SlotCache:
             self._values[layer] = _zeros(self.slots, value_THD.shape[1], self.tokens, value_THD.shape[2], value_THD)
         for memory_RHCD, new_THD in ((self._keys[layer], key_THD), (self._values[layer], value_THD)):
             if batch.lengths:
-                memory_RHCD[batch.decode_slots_B, :, batch.decode_positions_B] = new_THD[batch.decode_tokens_B]
+                memory_RHCD[batch.decode_slots_B, :, batch.decode_positions_B] = _decoding(new_THD, batch)
             for start, end, slot, offset in batch.chunks:
                 memory_RHCD[slot, :, offset : offset + end - start] = new_THD[start:end].transpose(0, 1)
 
@@ -126,28 +126,43 @@ class SlotCache:
             found_TQD = attend_on_gpu(query_TQD, keys_RHCD, values_RHCD, batch, scale, window)
             if found_TQD is not None:
                 return found_TQD
+        decoded_BQD = None
+        if batch.lengths:
+            decoded_BQD = self._attend_decoding(query_TQD, keys_RHCD, values_RHCD, batch, scale, window)
+            if batch.in_order and not batch.chunks:
+                return decoded_BQD
         out_TQD = query_TQD.new_empty(*query_TQD.shape[:2], values_RHCD.shape[3])
+        if decoded_BQD is not None:
+            out_TQD.index_copy_(0, batch.decode_tokens_B, decoded_BQD)
         for chunk in batch.chunks:
             self._attend_chunk(out_TQD, query_TQD, keys_RHCD, values_RHCD, chunk, batch, scale, window)
-        if batch.lengths:
-            first = batch.groups[0].start
-            query_BHGD = query_TQD[
-                batch.decode_tokens_B
-            ]  # query heads of one key head side by side: nothing is repeated
-            query_BHGD = query_BHGD.view(len(batch.lengths), keys_RHCD.shape[1], -1, query_TQD.shape[2])
-            parts = [
-                functional.scaled_dot_product_attention(
-                    query_BHGD[group.start - first : group.end - first],
-                    keys_RHCD[group.start : group.end, :, : group.length],
-                    values_RHCD[group.start : group.end, :, : group.length],
-                    attn_mask=_decode_mask(batch, group, window, query_TQD),
-                    scale=scale,
-                )
-                for group in batch.groups
-            ]
-            joined_BHGD = parts[0] if len(parts) == 1 else torch.cat(parts)
-            out_TQD[batch.decode_tokens_B] = joined_BHGD.reshape(len(batch.lengths), *out_TQD.shape[1:])
         return out_TQD
+
+    def _attend_decoding(
+        self,
+        query_TQD: torch.Tensor,
+        keys_RHCD: torch.Tensor,
+        values_RHCD: torch.Tensor,
+        batch: Batch,
+        scale: float | None,
+        window: int | None,
+    ) -> torch.Tensor:
+        """[B, Q, D] in the order of their slots."""
+        count, first = len(batch.lengths), batch.groups[0].start
+        # Query heads of one key head side by side: nothing is repeated.
+        query_BHGD = _decoding(query_TQD, batch).unflatten(1, (keys_RHCD.shape[1], -1))
+        parts = [
+            functional.scaled_dot_product_attention(
+                query_BHGD[group.start - first : group.end - first],
+                keys_RHCD[group.start : group.end, :, : group.length],
+                values_RHCD[group.start : group.end, :, : group.length],
+                attn_mask=_decode_mask(batch, group, window, query_TQD),
+                scale=scale,
+            )
+            for group in batch.groups
+        ]
+        joined_BHGD = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return joined_BHGD.reshape(count, query_TQD.shape[1], -1)
 
     def _attend_chunk(
         self,
@@ -173,6 +188,11 @@ class SlotCache:
             enable_gqa=query_TQD.shape[1] != keys_RHCD.shape[1],
         )
         out_TQD[start:end] = result_1QTD[0].transpose(0, 1)
+
+
+def _decoding(new_TAD: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """Those of the decoding rows in the order of their slots; a view where they lie so."""
+    return new_TAD[: len(batch.lengths)] if batch.in_order else new_TAD.index_select(0, batch.decode_tokens_B)
 
 
 def _zeros(slots: int, heads: int, tokens: int, size: int, like: torch.Tensor) -> torch.Tensor:
