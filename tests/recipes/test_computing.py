@@ -6,6 +6,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,7 +14,7 @@ from tests.recipes.job_folder import codes, losses, next_attempt, train_here, wr
 from tests.recipes.test_text import finished
 from tests.tiny_glm import tiny_glm
 from tunewright.jobs.spec import Started, TrainingSpec
-from tunewright.recipes import computing, flattened, flex_attention
+from tunewright.recipes import computing, flattened, flex_attention, packing
 from tunewright.recipes.computing import FLASH, FLEX, PER_CONVERSATION, Capabilities, choose_attention, choose_precision
 
 CPU = Capabilities()
@@ -88,7 +89,10 @@ def test_flash_attention_is_told_where_conversations_end() -> None:
         class config:
             _attn_implementation = "flash_attention_2"
 
-    told = flattened._ends_of_conversations(Model, [3, 5, 2], torch.device("cpu"))
+    flat = packing.lay(
+        [np.arange(length) for length in (3, 5, 2)], [np.arange(length) > 0 for length in (3, 5, 2)], False
+    )
+    told = flattened._ends_of_conversations(Model, flat, torch.device("cpu"))
     assert told["cu_seq_lens_q"].tolist() == told["cu_seq_lens_k"].tolist() == [0, 3, 8, 10]
     assert told["cu_seq_lens_q"].dtype == torch.int32 and told["max_length_q"] == told["max_length_k"] == 5
 

@@ -9,8 +9,9 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Gran
 from tests.recipes.job_folder import ROWS, write_rows
 from tests.recipes.test_packing import read
 from tunewright.errors import InvalidRequest
-from tunewright.recipes import adapters, flattened, packing
+from tunewright.recipes import adapters, base_model, flattened, packing
 from tunewright.recipes.base_model import load_model
+from tunewright.recipes.computing import PER_CONVERSATION, Computing
 
 CPU = torch.device("cpu")
 
@@ -91,9 +92,8 @@ def test_a_sliding_window_is_kept() -> None:
 
 
 def test_a_model_that_would_train_on_nonsense_is_refused(base: Path, rows: packing.Rows) -> None:
-    pair = [packing.flatten(rows, [0]), packing.flatten(rows, [1])]
-    together = packing.flatten(rows, [0, 1])
-    flattened.prove_flattening(load_model(base, torch.float32), pair, together, CPU, 1e-3)
+    computing = Computing("cpu", "float32", PER_CONVERSATION, False, 1024, True, {})
+    base_model.prove_flattening(load_model(base, torch.float32), rows, computing)
     torch.manual_seed(0)
     config = GraniteConfig(
         vocab_size=600,
@@ -108,7 +108,7 @@ def test_a_model_that_would_train_on_nonsense_is_refused(base: Path, rows: packi
     scaled = GraniteForCausalLM(config).eval()
     scaled.set_attn_implementation(flattened.ATTENTION)
     with pytest.raises(InvalidRequest) as caught:
-        flattened.prove_flattening(scaled, pair, together, CPU, 1e-3)
+        base_model.prove_flattening(scaled, rows, computing)
     assert caught.value.code == "base_model_unsupported"
 
 

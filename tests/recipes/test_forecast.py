@@ -12,7 +12,7 @@ from tests.recipes.job_folder import ROWS, metrics, train_here, write_job
 from tests.recipes.test_packing import rows_of_lengths
 from tunewright.jobs.spec import TrainingSpec
 from tunewright.recipes import packing
-from tunewright.recipes.forecast import Forecast, Remaining, RowCost, Workload, pieces_per_step, row_cost
+from tunewright.recipes.forecast import Forecast, Remaining, RowCost, Sample, Workload, row_cost, sample
 
 CONFIG = {
     "hidden_size": 576,
@@ -128,7 +128,8 @@ def test_what_is_left_is_exact_wherever_a_training_goes_on(base: Path, tmp_path:
     assert work.left(6, 1.0).units == 0
     assert work.left(0, 1.0).look_units == 2 * rows.n_tokens  # receipts of all rows, before and after
     assert work.left(6, 1.0).look_units == rows.n_tokens
-    assert pieces_per_step(rows, 1, 7, 1024) == 1.0
+    assert sample(rows, 1, 7, 1024, share=False) == Sample(pieces=1.0, computed=1.0)
+    assert sample(rows.only([0, 0, 0]), 3, 7, 10**6, share=True) == Sample(pieces=1.0, computed=1 / 3)
 
 
 def test_a_training_tells_what_is_left(tmp_path: Path, base: Path) -> None:

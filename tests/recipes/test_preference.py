@@ -221,8 +221,8 @@ def test_memory_that_runs_out_before_the_first_step_halves_the_micro_batch(
     real, times = flattened.label_losses, [1]
 
     def failing(*given: Any) -> Any:
-        # The proof of flattening comes first and takes `summed_loss`; this is the reference's.
-        if not torch.is_grad_enabled() and len(given[1].lengths) > 2 and times:
+        # The proofs come first, with three stretches at most; this is the reference's.
+        if not torch.is_grad_enabled() and len(given[1].lengths) > 3 and times:
             times.pop()
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
         return real(*given)

@@ -9,10 +9,13 @@ import transformers
 
 from tunewright.errors import InvalidRequest
 from tunewright.i18n import mark
-from tunewright.recipes import adapters, fast_layers, flattened, packing
+from tunewright.recipes import adapters, fast_layers, flattened, packing, sharing
 from tunewright.recipes.adapters import Lora
 from tunewright.recipes.attempt import Attempt
 from tunewright.recipes.computing import PER_CONVERSATION, Computing
+
+_PROOF_TOKENS = 64
+"""Of each part of the conversations that try whether beginnings may be shared."""
 
 
 def load_model(folder: Path, dtype: torch.dtype, attention: str = PER_CONVERSATION) -> Any:
@@ -75,14 +78,34 @@ def speed_up(model: Any, computing: Computing) -> bool:
 
 
 def prove_flattening(model: Any, rows: packing.Rows, computing: Computing) -> None:
-    """Two of the shortest conversations laid end to end give what each gives by itself. Raises what
-    `flattened.prove_flattening` raises."""
+    """Two of the shortest conversations laid end to end give what each gives by itself.
+
+    Raises InvalidRequest(`base_model_unsupported`).
+    """
+    pair = _shortest_pair(rows)
+    alone = [packing.flatten(rows, [row]) for row in pair]
+    if not _is_right(model, alone, packing.flatten(rows, pair), computing):
+        raise flattened.unsupported(model)
+
+
+def can_share(model: Any, rows: packing.Rows, computing: Computing) -> bool:
+    """Whether conversations may be computed together up to where they differ: tried with two that begin like a short one of
+    `rows`, and end in different ways. An architecture for which that is wrong is trained without."""
+    if not flattened.can_share(model):
+        return False
+    stem, end = (rows.tokens_of(row)[:_PROOF_TOKENS] for row in _shortest_pair(rows))
+    stem = np.resize(stem, max(len(stem), sharing.LEAST))
+    tokens = [np.concatenate([stem, end]), np.concatenate([stem, end[::-1]])]
+    trained = [np.arange(len(row)) >= len(stem) for row in tokens]
+    alone = [packing.lay([row], [labels], share=False) for row, labels in zip(tokens, trained, strict=True)]
+    return _is_right(model, alone, packing.lay(tokens, trained, share=True), computing)
+
+
+def _shortest_pair(rows: packing.Rows) -> list[int]:
     shortest = [int(row) for row in np.argsort(rows.lengths, kind="stable")[:2]]
-    pair = [shortest[0], shortest[-1]]  # a single row is laid beside itself
-    flattened.prove_flattening(
-        model,
-        [packing.flatten(rows, [row]) for row in pair],
-        packing.flatten(rows, pair),
-        torch.device(computing.device),
-        tolerance=1e-3 if computing.precision == "float32" else 5e-2,
-    )
+    return [shortest[0], shortest[-1]]  # a single row is laid beside itself
+
+
+def _is_right(model: Any, alone: list[packing.Flat], together: packing.Flat, computing: Computing) -> bool:
+    tolerance = 1e-3 if computing.precision == "float32" else 5e-2
+    return flattened.is_right(model, alone, together, torch.device(computing.device), tolerance)

@@ -16,12 +16,14 @@ import torch
 from torch.nn import functional
 from transformers import LlamaForCausalLM
 
-from tunewright.recipes.fast_attention import Probabilities, attend, attend_backward, rotate
+from tunewright.recipes.fast_attention import Block, Probabilities, attend, attend_backward, blocks_of, rotate
 from tunewright.recipes.fast_linears import Linears
 
 
 def speed_up(model: Any, dtype: torch.dtype, *, checkpointing: bool) -> bool:
     """Let `model` compute its layers by hand, in `dtype`, wherever it is given `lengths`; False if it can't.
+
+    Given `wanted` (places, each once), its last hidden states are those of these places alone.
 
     Adapters must be there already. With `checkpointing` only a layer's input is kept, and the rest made again.
     """
@@ -30,6 +32,7 @@ def speed_up(model: Any, dtype: torch.dtype, *, checkpointing: bool) -> bool:
     _leave_the_file(model)
     for layer in model.base_model.layers:
         layer.forward = partial(_forward, layer.forward, FastLayer(layer, model.config, dtype, checkpointing))
+    model.base_model.layers[-1].forward.args[1].is_last = True
     return True
 
 
@@ -45,10 +48,15 @@ def _leave_the_file(model: Any) -> None:
             parameter.data = parameter.data.clone()
 
 
+def is_by_hand(model: Any) -> bool:
+    """Whether `speed_up` has changed it."""
+    forward = model.base_model.layers[-1].forward if _is_llama(model) else None
+    return isinstance(forward, partial) and forward.func is _forward
+
+
 def computed_in(model: Any) -> torch.dtype:
     """The type that matrix products of `model` are computed in."""
-    forward = model.base_model.layers[0].forward
-    return forward.args[1].dtype if isinstance(forward, partial) and forward.func is _forward else model.dtype
+    return model.base_model.layers[-1].forward.args[1].dtype if is_by_hand(model) else model.dtype
 
 
 def _understood(model: Any) -> bool:
@@ -79,6 +87,8 @@ def _forward(
     *arguments: Any,
     position_embeddings: Any = None,
     lengths: list[int] | None = None,
+    after: list[int] | None = None,
+    wanted: torch.Tensor | None = None,
     **named: Any,
 ) -> torch.Tensor:
     """A decoder layer's forward."""
@@ -86,7 +96,18 @@ def _forward(
         return plain(hidden_1TC, *arguments, position_embeddings=position_embeddings, **named)
     cos_1TD, sin_1TD = position_embeddings
     turn = (cos_1TD[0].to(fast.dtype), sin_1TD[0].to(fast.dtype))
-    return _Layer.apply(hidden_1TC[0].float(), fast, turn, lengths, torch.is_grad_enabled(), *fast.parameters)[None]
+    given = _Given(turn, blocks_of(lengths, after), wanted if fast.is_last else None)
+    return _Layer.apply(hidden_1TC[0].float(), fast, given, torch.is_grad_enabled(), *fast.parameters)[None]
+
+
+@dataclass(frozen=True)
+class _Given:
+    """What a layer is told of its inputs: cosine and sine of their positions, how they attend to each other, and of which
+    places outputs are wanted (None: of all)."""
+
+    turn: tuple[torch.Tensor, torch.Tensor]
+    blocks: list[Block]
+    wanted: torch.Tensor | None
 
 
 @dataclass
@@ -107,28 +128,32 @@ class _Kept:
     """Of the four groups of linear layers."""
 
 
+def _chosen(rows: torch.Tensor, places: torch.Tensor | None) -> torch.Tensor:
+    return rows if places is None else rows.index_select(0, places)
+
+
 class _Layer(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, inputs: torch.Tensor, fast: "FastLayer", turn: Any, lengths: list[int], grad: bool, *_: Any):
-        outputs, kept = fast.forward(inputs, turn, lengths)
+    def forward(ctx: Any, inputs: torch.Tensor, fast: "FastLayer", given: _Given, grad: bool, *_: Any):
+        outputs, kept = fast.forward(inputs, given)
         if grad:
-            ctx.fast, ctx.turn, ctx.lengths = fast, turn, lengths
+            ctx.fast, ctx.given = fast, given
             ctx.inputs, ctx.kept = inputs, None if fast.checkpointing else kept
         return outputs
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
-        kept = ctx.kept or ctx.fast.forward(ctx.inputs, ctx.turn, ctx.lengths, to_the_end=False)[1]
+        kept = ctx.kept or ctx.fast.forward(ctx.inputs, ctx.given, to_the_end=False)[1]
         ctx.kept = ctx.inputs = None
-        made, of_parameters = ctx.fast.backward(kept, ctx.turn, ctx.lengths, gradients[0], ctx.needs_input_grad[0])
-        return made, None, None, None, None, *of_parameters
+        made, of_parameters = ctx.fast.backward(kept, ctx.given, gradients[0], ctx.needs_input_grad[0])
+        return made, None, None, None, *of_parameters
 
 
 class FastLayer:
     """One decoder layer."""
 
     def __init__(self, layer: Any, config: Any, dtype: torch.dtype, checkpointing: bool) -> None:
-        self.dtype, self.checkpointing = dtype, checkpointing
+        self.dtype, self.checkpointing, self.is_last = dtype, checkpointing, False
         query, key, value, output, gate, up, down = _linears(layer)
         groups = ([query, key, value], [output], [gate, up], [down])
         self.qkv, self.output, self.gate_up, self.down = (Linears(group, dtype) for group in groups)
@@ -146,11 +171,9 @@ class FastLayer:
         if self.trains_norms:
             self.parameters += [norm.weight for norm in norms]
 
-    def forward(
-        self, inputs: torch.Tensor, turn: Any, lengths: list[int], to_the_end: bool = True
-    ) -> tuple[torch.Tensor, _Kept]:
+    def forward(self, inputs: torch.Tensor, given: _Given, to_the_end: bool = True) -> tuple[torch.Tensor, _Kept]:
         """(outputs, float32 (T, C), of no meaning unless `to_the_end`; what `backward` needs)."""
-        cos, sin = turn
+        cos, sin = given.turn
         normed, first_scale = self._norm(inputs, 0)
         qkv, inner_qkv = self.qkv.now().forward(normed)
         heads = qkv.view(len(qkv), -1, cos.shape[-1]).transpose(0, 1)
@@ -158,9 +181,10 @@ class FastLayer:
         key = rotate(heads[self.n_heads : -self.n_kv], cos, sin)
         value = heads[-self.n_kv :].contiguous()
         del qkv, heads, normed
-        attended, probabilities = attend(query, key, value, lengths)
+        attended, probabilities = attend(query, key, value, given.blocks)
+        attended, residual = _chosen(attended, given.wanted), _chosen(inputs, given.wanted)
         middle, inner_output = self.output.now().forward(attended)
-        middle = inputs + middle
+        middle = residual + middle
         normed, second_scale = self._norm(middle, 1)
         gate_up, inner_gate_up = self.gate_up.now().forward(normed)
         del normed
@@ -176,18 +200,23 @@ class FastLayer:
         return outputs, kept
 
     def backward(
-        self, kept: _Kept, turn: Any, lengths: list[int], gradient: torch.Tensor, of_inputs: bool
+        self, kept: _Kept, given: _Given, gradient: torch.Tensor, of_inputs: bool
     ) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
         """(gradient of the inputs, None unless `of_inputs`; gradients of `parameters`)."""
         made, of_mlp, of_norm = self._mlp_backward(kept, gradient)
         middle_gradient = gradient + made
-        of_output, of_qkv, made = self._attention_backward(kept, turn, lengths, middle_gradient, of_inputs)
+        of_output, of_qkv, made = self._attention_backward(kept, given, middle_gradient, of_inputs)
         norms = []
         if made is not None:
             normed = kept.inputs * kept.first_scale
             if self.trains_norms:
                 norms = [(made * normed).sum(0), of_norm]
-            made = self._norm_backward(made, normed, kept.first_scale, 0).add_(middle_gradient)
+            made = self._norm_backward(made, normed, kept.first_scale, 0)
+            made = (
+                made.add_(middle_gradient)
+                if given.wanted is None
+                else made.index_add_(0, given.wanted, middle_gradient)
+            )
         return made, [*of_qkv, *of_output, *of_mlp, *norms]
 
     def _mlp_backward(self, kept: _Kept, gradient: torch.Tensor) -> Any:
@@ -213,13 +242,13 @@ class FastLayer:
         of_norm = (made * xhat).sum(0) if self.trains_norms else None
         return self._norm_backward(made, xhat, kept.second_scale, 1), [*of_gate_up, *of_down], of_norm
 
-    def _attention_backward(
-        self, kept: _Kept, turn: Any, lengths: list[int], gradient: torch.Tensor, of_inputs: bool
-    ) -> Any:
+    def _attention_backward(self, kept: _Kept, given: _Given, gradient: torch.Tensor, of_inputs: bool) -> Any:
         """(gradients of the output's parameters, of those of queries, keys and values; gradient of the normed inputs)."""
-        cos, sin = turn
+        cos, sin = given.turn
         made, of_output = self.output.now().backward(kept.attended, kept.inner[1], gradient.to(self.dtype))
-        query, key, value = attend_backward(made, kept.query, kept.key, kept.value, lengths, kept.probabilities)
+        if given.wanted is not None:
+            made = made.new_zeros(len(kept.inputs), made.shape[1]).index_copy_(0, given.wanted, made)
+        query, key, value = attend_backward(made, kept.query, kept.key, kept.value, given.blocks, kept.probabilities)
         kept.probabilities = []
         size = cos.shape[-1]
         qkv_gradient = torch.empty(len(made), self.n_heads + 2 * self.n_kv, size, dtype=self.dtype, device=made.device)

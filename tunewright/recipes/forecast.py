@@ -25,7 +25,7 @@ _ATTENTION_COST = 2.0
 to the steps corrects it."""
 _MEMORY_STEPS = 50.0
 """A step counts half as much as one that came 35 steps later."""
-_SAMPLED_STEPS = 100
+_SAMPLED_EXAMPLES = 1000
 
 
 @dataclass(frozen=True)
@@ -53,11 +53,21 @@ def row_cost(config: Mapping[str, Any]) -> RowCost:
     return RowCost(square=_ATTENTION_COST * sizes.layers * sizes.heads_width / layers, label=head / layers)
 
 
-def pieces_per_step(rows: Rows, batch_size: int, seed: int, token_budget: int) -> float:
-    """Micro-batches of a step on average, by the first steps of the first epoch."""
-    order = packing.epoch_order(rows.n_examples, seed, 0)[: batch_size * _SAMPLED_STEPS]
+@dataclass(frozen=True)
+class Sample:
+    """Of some steps: micro-batches of one on average, and the part of its tokens that must be computed."""
+
+    pieces: float
+    computed: float
+
+
+def sample(rows: Rows, batch_size: int, seed: int, token_budget: int, share: bool) -> Sample:
+    """The first steps of the first epoch."""
+    order = packing.epoch_order(rows.n_examples, seed, 0)[: batch_size * max(1, _SAMPLED_EXAMPLES // batch_size)]
     steps = [order[begin : begin + batch_size] for begin in range(0, len(order), batch_size)]
-    return sum(sum(1 for _ in packing.micro_batches(rows, step, token_budget)) for step in steps) / len(steps)
+    groups = [group for step in steps for group in packing.micro_batches(rows, step, token_budget, share)]
+    computed = sum(packing.layout(rows, group, share).tokens for group in groups)
+    return Sample(pieces=len(groups) / len(steps), computed=computed / rows.only(order.tolist()).n_tokens)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Rows of a data file as flat arrays of tokens, and the order in which they are trained on. Pure numpy, no torch.
 
 Conversations are laid end to end without padding; `lengths` says where one ends, and attention never crosses that line.
+What several begin with alike is laid once (sharing.py).
 """
 
 import tempfile
@@ -17,9 +18,12 @@ from tunewright.datasets.tokens.packed_rows import PackedRows
 from tunewright.errors import InvalidRequest, Misconfigured
 from tunewright.i18n import mark
 from tunewright.jobs.spec import TrainingSpec
+from tunewright.recipes.sharing import Layout, Together, sort_key
 from tunewright.rendering.renderer import Renderer
 
 LINES_NAMED = 10
+_SORTED_AT_ONCE = 256
+"""Examples: enough for some micro-batches, and files of any size are not sorted whole."""
 
 
 @dataclass
@@ -240,28 +244,43 @@ def epoch_order(n_examples: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(n_examples)
 
 
-def micro_batches(rows: Rows, chosen: np.ndarray, token_budget: int) -> Iterator[list[int]]:
-    """Split the examples of one optimizer step into groups of rows of at most `token_budget` tokens; a longer example
-    stands alone, and none is torn apart."""
+def micro_batches(rows: Rows, chosen: np.ndarray, token_budget: int, share: bool = False) -> Iterator[list[int]]:
+    """Split the examples of one optimizer step into groups of rows of which at most `token_budget` tokens are computed; a
+    longer example stands alone, and none is torn apart. With `share`, examples that begin alike come together."""
     group: list[int] = []
-    filled = 0
-    for example in map(int, chosen):
+    together = Together(share)
+    for example in _beginnings_together(rows, chosen) if share else map(int, chosen):
         members = rows.members(example)
-        length = sum(map(rows.length, members))
-        if group and filled + length > token_budget:
+        for row in members:
+            together.add(rows.tokens_of(row))
+        if group and not together.fit(token_budget):
             yield group
-            group, filled = [], 0
+            group, together = [], Together(share)
+            for row in members:
+                together.add(rows.tokens_of(row))
         group += members
-        filled += length
     if group:
         yield group
+
+
+def _beginnings_together(rows: Rows, chosen: np.ndarray) -> Iterator[int]:
+    """The examples in another order: of every `_SORTED_AT_ONCE`, those that begin alike are neighbours."""
+    for begin in range(0, len(chosen), _SORTED_AT_ONCE):
+        some = chosen[begin : begin + _SORTED_AT_ONCE].tolist()
+        yield from sorted(some, key=lambda example: sort_key(rows.tokens_of(rows.members(example)[0])))
+
+
+def layout(rows: Rows, group: list[int], share: bool) -> Layout:
+    """How these rows are laid together."""
+    return _layout([rows.tokens_of(row) for row in group], share)
 
 
 @dataclass(frozen=True)
 class Flat:
     """Some rows end to end. Shapes: `tokens`, `positions` (T,); `predicts`, `labels` (N,), N the number of labels.
 
-    `predicts` are the places whose *next* token is a label, `labels` those tokens, `lengths` the tokens of each row.
+    `predicts` are the places whose *next* token is a label, row by row, `labels` those tokens. `lengths` are the tokens of each
+    stretch, and `after` the stretch that each continues, -1 at a row's beginning; None if each stretch is a whole row.
     """
 
     tokens: np.ndarray
@@ -269,16 +288,38 @@ class Flat:
     predicts: np.ndarray
     labels: np.ndarray
     lengths: list[int]
+    after: list[int] | None = None
 
 
-def flatten(rows: Rows, chosen: list[int]) -> Flat:
-    """Lay the chosen rows end to end, positions restarting at each."""
-    tokens = np.concatenate([rows.tokens_of(row) for row in chosen]).astype(np.int64)
-    trained = np.concatenate([rows.trained_of(row) for row in chosen])
-    lengths = [rows.length(row) for row in chosen]
-    positions = np.concatenate([np.arange(length, dtype=np.int64) for length in lengths])
-    places = np.flatnonzero(trained)  # never the first token of a row, so the place before is in the same row
-    return Flat(tokens, positions, places - 1, tokens[places], lengths)
+def flatten(rows: Rows, chosen: list[int], share: bool = False) -> Flat:
+    """Lay the chosen rows end to end, positions restarting at each; with `share`, alike beginnings are laid once."""
+    return lay([rows.tokens_of(row) for row in chosen], [rows.trained_of(row) for row in chosen], share)
+
+
+def lay(tokens: list[np.ndarray], trained: list[np.ndarray], share: bool) -> Flat:
+    """The same for rows given as their tokens and which of them are labels, which the first of a row never is."""
+    laid = _layout(tokens, share)
+    stretches = laid.stretches
+    predicts, labels = [], []
+    for own, of_row, places in zip(tokens, trained, laid.places(), strict=True):
+        found = np.flatnonzero(of_row)
+        predicts.append(places[found - 1])
+        labels.append(own[found])
+    return Flat(
+        tokens=np.concatenate([tokens[one.row][one.begin : one.end] for one in stretches]).astype(np.int64),
+        positions=np.concatenate([np.arange(one.begin, one.end) for one in stretches]),
+        predicts=np.concatenate(predicts),
+        labels=np.concatenate(labels).astype(np.int64),
+        lengths=[one.end - one.begin for one in stretches],
+        after=[one.after for one in stretches] if any(one.after >= 0 for one in stretches) else None,
+    )
+
+
+def _layout(tokens: list[np.ndarray], share: bool) -> Layout:
+    together = Together(share)
+    for row in tokens:
+        together.add(row)
+    return together.layout()
 
 
 def count_labels(rows: Rows, chosen: np.ndarray) -> int:

@@ -7,7 +7,7 @@ pi and ref are log-probabilities of a whole answer, summed over its tokens: of t
 
 - The model before is the base with the adapter off, or the tuned model that the job continues from. What it says of every
   pair is computed once, before the first step, and kept in the checkpoints: two models are never in memory together.
-- Both answers of a pair go through the model end to end in one micro-batch, each after its own copy of the question.
+- Both answers of a pair go through the model in one micro-batch, which computes the question once (sharing.py).
 - All else is supervised training (text.py): schedule, optimizer, checkpoints, what happens when memory or disk run out.
 """
 
@@ -74,7 +74,7 @@ class PreferenceTraining(text.Training):
 
     def _log_probabilities(self, rows: packing.Rows, group: list[int]) -> torch.Tensor:
         """log p(answer) of each row of a micro-batch, float64 (rows,)."""
-        losses, _ = flattened.label_losses(self.model, packing.flatten(rows, group), self.device)
+        losses, _ = flattened.label_losses(self.model, packing.flatten(rows, group, self.share), self.device)
         answers = losses.split(rows.n_labels[group].tolist())
         return -torch.stack([answer.sum(dtype=torch.float64) for answer in answers])
 
@@ -100,26 +100,25 @@ class PreferenceTraining(text.Training):
     @torch.no_grad()
     def _ask_reference(self, rows: packing.Rows) -> torch.Tensor:
         """What the model says now of every row, float64 (rows,)."""
-        found = []
-        for group in packing.micro_batches(rows, np.arange(rows.n_examples), self.token_budget):
+        found = torch.empty(len(rows), dtype=torch.float64)
+        for group in self._micro_batches(rows, np.arange(rows.n_examples)):
             self.attempt.go_on()
-            found.append(self._log_probabilities(rows, group).cpu())
-        return torch.cat(found)
+            found[group] = self._log_probabilities(rows, group).cpu()
+        return found
 
     def _step(self, progress: Progress, chosen: np.ndarray) -> Progress:
-        sums, tokens = _Sums(), 0
+        sums = _Sums()
         self.optimizer.zero_grad()
-        for group in packing.micro_batches(self.rows, chosen, self.token_budget):
+        for group in self._micro_batches(self.rows, chosen):
             self.attempt.go_on()
             losses, margins = self._compare("train", self.rows, group)
             (losses.sum() / len(chosen)).backward()
             sums.add(losses, margins)
-            tokens += sum(map(self.rows.length, group))
         self._update(progress.step, sums.loss)
         return replace(
             progress,
             step=progress.step + 1,
-            tokens=progress.tokens + tokens,
+            tokens=progress.tokens + self.rows.only(chosen.tolist()).n_tokens,
             loss=sums.loss / sums.pairs,
             accuracy=sums.right / sums.pairs,
             margin=sums.margin / sums.pairs,
@@ -129,7 +128,7 @@ class PreferenceTraining(text.Training):
     def _evaluate(self, progress: Progress, rows: packing.Rows) -> Progress:
         """Mean loss, share of pairs with a positive margin, and mean margin over all validation pairs."""
         sums = _Sums()
-        for group in packing.micro_batches(rows, np.arange(rows.n_examples), self.token_budget):
+        for group in self._micro_batches(rows, np.arange(rows.n_examples)):
             sums.add(*self._compare("validation", rows, group))
         loss, margin = sums.loss / sums.pairs, sums.margin / sums.pairs
         return replace(
@@ -145,8 +144,10 @@ class PreferenceTraining(text.Training):
     @torch.no_grad()
     def _row_losses(self, examples: np.ndarray) -> np.ndarray:
         """Loss of each pair, float64."""
-        groups = packing.micro_batches(self.rows, examples, self.token_budget)
-        return np.concatenate([self._compare("train", self.rows, group)[0].cpu().numpy() for group in groups])
+        found = np.empty(self.rows.n_examples)
+        for group in self._micro_batches(self.rows, examples):
+            found[np.array(group[::2]) // 2] = self._compare("train", self.rows, group)[0].cpu().numpy()
+        return found[examples]
 
     # --- save ---
 

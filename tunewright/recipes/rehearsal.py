@@ -12,9 +12,9 @@ import gc
 import hashlib
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -29,7 +29,7 @@ from tunewright.jobs.spec import Rehearsed, TrainingSpec
 from tunewright.recipes import checkpoints, flattened, job_rows, nastiest, packing, text
 from tunewright.recipes.attempt import Attempt
 from tunewright.recipes.evaluation import Progress
-from tunewright.recipes.forecast import Forecast, RowCost, Workload, pieces_per_step, row_cost
+from tunewright.recipes.forecast import Forecast, RowCost, Workload, row_cost, sample
 from tunewright.recipes.memory import explaining_memory
 from tunewright.recipes.preference import PreferenceTraining
 from tunewright.rendering.renderer import renderer_of
@@ -71,19 +71,25 @@ def rehearse(attempt: Attempt) -> Rehearsed:
     return explaining_memory(attempt, partial(_rehearse, attempt))
 
 
-def plan_of(nasty: list[int], lengths: np.ndarray, batch_size: int, token_budget: int) -> Plan:
-    """`nasty` are examples, longest first; `lengths` (examples,) are the tokens of all of them."""
+def plan_of(
+    nasty: list[int],
+    lengths: np.ndarray,
+    batch_size: int,
+    token_budget: int,
+    computed: Callable[[list[int]], int] | None = None,
+) -> Plan:
+    """`nasty` are examples, longest first; `lengths` (examples,) are the tokens of all of them, and `computed` says how many of
+    those of some must be computed, all unless it is given."""
     by_length = np.argsort(-lengths, kind="stable")
     n_steps = max(2, math.ceil(len(nasty) / min(ROWS_PER_STEP, batch_size)))
     dealt = nasty if len(nasty) >= n_steps else [nasty[n % len(nasty)] for n in range(n_steps)]
     steps = [dealt[n::n_steps] for n in range(n_steps)]
-    filled = int(lengths[steps[0]].sum())
     for example in map(int, by_length):
+        filled = int(lengths[steps[0]].sum()) if computed is None else computed(steps[0])
         if len(steps[0]) >= batch_size or filled >= token_budget:
             break
         if example not in nasty:
             steps[0].append(example)
-            filled += int(lengths[example])
     middle = len(by_length) // 2
     n_usual = min(batch_size, _USUAL_ROWS, len(by_length))
     usual: list[int] = []
@@ -111,9 +117,11 @@ class Trial(text.Training):
         wall, cpu = mono_s(), cpu_s()
         progress = self._within_memory(partial(self._step, progress, chosen))
         wall, cpu = mono_s() - wall, cpu_s() - cpu
-        pieces = sum(1 for _ in packing.micro_batches(self.rows, chosen, self.token_budget))
-        units = float(cost.of(self.rows)[chosen].sum())
-        return progress, Timing(units, pieces, wall, min(wall, cpu / self.threads))
+        groups = list(self._micro_batches(self.rows, chosen))
+        computed = sum(packing.layout(self.rows, group, self.share).tokens for group in groups)
+        part = computed / self.rows.only(chosen.tolist()).n_tokens
+        units = float(cost.of(self.rows)[chosen].sum()) * part
+        return progress, Timing(units, len(groups), wall, min(wall, cpu / self.threads))
 
     def evaluate(self, progress: Progress) -> Progress:
         """Measure the validation loss, if there are rows for it."""
@@ -172,7 +180,11 @@ def _rehearse(attempt: Attempt) -> Rehearsed:
     lengths = rows.lengths.reshape(-1, rows.sides).sum(1)
     nasty = nastiest.nastiest(rows, Path(spec.training_data), spec.max_line_bytes)
     token_budget = spec.hyperparameters.micro_batch_tokens or MICRO_BATCH_TOKENS
-    plan = plan_of(nasty, lengths, spec.hyperparameters.batch_size, token_budget)
+
+    def computed(some: list[int]) -> int:
+        return packing.layout(rows, [row for example in some for row in rows.members(example)], share=True).tokens
+
+    plan = plan_of(nasty, lengths, spec.hyperparameters.batch_size, token_budget, computed)
     examples = [example for step in [*plan.steps, plan.usual] for example in step]
     data = rows.only(examples), _longest(validation, token_budget)
     shutil.rmtree(attempt.folder / "checkpoints", ignore_errors=True)  # of an attempt that died
@@ -197,6 +209,7 @@ class _Findings:
         """(units, seconds) of a pass without gradients."""
         self.steps: list[Timing] = []
         self.token_budget = 0
+        self.share = False
         self.memory_peak_bytes = 0
         self.gpu_memory_peak_bytes: int | None = None
         self.last_step = 0
@@ -230,8 +243,9 @@ class _Findings:
             forecast.step(step.units, step.pieces, seconds)
         forecast.save(self.save_s)
         work = Workload(self.spec, rows, validation, self.cost)
-        pieces = pieces_per_step(rows, wanted.batch_size, self.spec.seed, self.token_budget)
-        left = work.left(0, pieces)
+        steps = sample(rows, wanted.batch_size, self.spec.seed, self.token_budget, self.share)
+        left = work.left(0, steps.pieces)
+        left = replace(left, units=left.units * steps.computed, look_units=left.look_units * steps.computed)
         asked_s = 0.0
         if self.forward is not None:
             per_unit = self.forward[1] / self.forward[0]
@@ -270,7 +284,7 @@ def _try(
     began = mono_s()
     trial.save(progress)
     found.save_s, found.last_step = mono_s() - began, progress.step
-    found.token_budget = trial.token_budget
+    found.token_budget, found.share = trial.token_budget, trial.share
     found.memory_peak_bytes = _memory_peak_bytes()
     if trial.device.type == "cuda":
         found.gpu_memory_peak_bytes = torch.cuda.max_memory_allocated()
