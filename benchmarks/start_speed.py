@@ -22,7 +22,7 @@ from safetensors import safe_open
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from tests.deployments import deploy, processes, wait_for
+from tests.deployments import processes, wait_for
 from tests.engines.engine_worker import WorkerRun, generate, worker_spec
 from tests.live_server import LiveServer
 
@@ -80,7 +80,9 @@ def recoveries(model: Path, folder: Path, times: int, threads: int) -> None:
     server.run("models", "add", str(model), "--code", "starter")
     server.start()
     try:
-        found = deploy(server, "starter", name="killed")["id"]
+        with server.api("/api/v1") as api:
+            found = api.post("/deployments", json={"model": "starter", "name": "killed"}).json()["id"]
+        wait_for(server, found, lambda seen: seen["status"] == "ready", LIMIT_S)
         for what, kill in (("a replica", _kill_replica), ("server and replica", _kill_both)):
             taken = [_recovery(server, found, kill) for _ in range(times)]
             clock, cpu = (sorted(values) for values in zip(*taken, strict=True))
