@@ -32,8 +32,8 @@ def answer(prompts: list[list[int]], new_tokens: int) -> list[float]:
     for number, prompt in enumerate(prompts):
         answered += 1
         adapter = adapters[number % len(adapters)] if adapters else None
-        name = engine.add_request(str(answered), {"prompt_token_ids": prompt}, wanted, lora_request=adapter)
-        places[name or str(answered)] = number
+        engine.add_request(str(answered), {"prompt_token_ids": prompt}, wanted, lora_request=adapter)
+        places[str(answered)] = number
     firsts, tokens = [0.0] * len(prompts), [0] * len(prompts)
     while engine.has_unfinished_requests():
         for output in engine.step():
