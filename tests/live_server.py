@@ -34,6 +34,16 @@ os.execv(sys.argv[2], sys.argv[2:])
 """
 
 
+def _remember_together(home: HomeFolder) -> None:
+    """What a model's own code said is kept by hashes, so the homes of one run of tests can share it: six seconds a start."""
+    run = next((parent for parent in home.root.parents if parent.name.removeprefix("pytest-").isdigit()), None)
+    if run is not None and not home.references.exists():
+        shared = run / "references"
+        shared.mkdir(mode=0o700, exist_ok=True)
+        home.references.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        home.references.symlink_to(shared, target_is_directory=True)
+
+
 class LiveServer:
     """Start, kill and start again; `api()` is a plain HTTP client with the first key."""
 
@@ -57,6 +67,7 @@ class LiveServer:
         """What `models add` does, without the second that its process takes to start."""
         home = HomeFolder(self.home)
         home.create()
+        _remember_together(home)
         Catalogue(home).add(folder, code, licence="unknown")
 
     def start(self, port: int = 0, listener: socket.socket | None = None) -> "LiveServer":

@@ -276,7 +276,8 @@ def test_what_one_server_is_told_the_other_knows(serve: Serve) -> None:
             assert time.monotonic() < deadline, batch
             time.sleep(0.1)
         assert batch["request_counts"] == {"total": 3, "completed": 3, "failed": 0}
-        usage = first.api("/api/v1").get("/usage/requests", params={"limit": 100}).json()["data"]
+    with first.api("/api/v1") as api:
+        usage = api.get("/usage/requests", params={"limit": 100}).json()["data"]
     assert len(usage) == 4 + 3 and {row["status"] for row in usage} == {"ok"}
 
 
