@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from tests.live_server import LiveServer, chat_rows
+from tunewright.runners.local import LocalRunner
 
 KILLS = 10
 ROWS = 60
@@ -175,9 +176,10 @@ def test_sigterm_of_the_server_checkpoints_and_a_new_one_goes_on(server: LiveSer
     deadline = time.monotonic() + 60
     while newest_step(work) < 10 and time.monotonic() < deadline:
         time.sleep(0.01)
-    pid = json.loads((work / "trainer.json").read_bytes())["pid"]
+    trainer = json.loads((work / "trainer.json").read_bytes())
     assert server.stop() == 0
-    assert not Path(f"/proc/{pid}").exists(), "on_shutdown=checkpoint ends the trainer"
+    # Not a look at /proc: what has ended stands there until its new parent has taken notice.
+    assert not LocalRunner().alive(trainer["pid"], trainer["start_ticks"]), "on_shutdown=checkpoint ends the trainer"
     server.start()
     assert server.wait(job_id)["status"] == "succeeded"
     steps = [step for step, _ in losses(server, job_id)]
