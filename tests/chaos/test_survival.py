@@ -16,6 +16,8 @@ import pytest
 from tests.live_server import LiveServer, chat_rows
 from tunewright.runners.local import LocalRunner
 
+pytestmark = pytest.mark.timeout(900)  # thousands of steps, on a machine that may be slow
+
 KILLS = 10
 ROWS = 60
 HYPERPARAMETERS = {"n_epochs": 50, "batch_size": 1}
