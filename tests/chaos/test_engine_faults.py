@@ -43,7 +43,7 @@ from tunewright.runners.local import LocalRunner
 from tunewright.settings import HomeFolder, Settings
 
 SILENCE_LIMIT_S = 2.0
-IDLE_EXIT_S = 12.0
+IDLE_EXIT_S = 30.0
 """Longer than a server takes to start and to be asked."""
 
 
