@@ -40,9 +40,14 @@ def server(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Iterato
 
 
 @pytest.fixture(scope="module")
-def pair(server: LiveServer) -> str:
-    """A deployment of two replicas; each test leaves it ready."""
+def deployed(server: LiveServer) -> str:
     return deploy(server, "tiny", replicas=2, name="pair")["id"]
+
+
+@pytest.fixture
+def pair(server: LiveServer, deployed: str) -> str:
+    """A deployment of two replicas, ready also after a test that failed."""
+    return wait_for(server, deployed, ready)["id"]
 
 
 def lives(process: WorkerProcess) -> bool:
@@ -87,9 +92,11 @@ def calls(server: LiveServer, model: str, n: int = 2) -> Iterator[Counter[str]]:
     for thread in threads:
         thread.start()
     total: Counter[str] = Counter()
-    yield total
-    for thread in threads:
-        total += thread.end()
+    try:
+        yield total
+    finally:
+        for thread in threads:
+            total += thread.end()
 
 
 def test_r20_a_killed_replica_costs_only_what_it_was_saying(server: LiveServer, pair: str) -> None:
@@ -105,7 +112,10 @@ def test_r20_a_killed_replica_costs_only_what_it_was_saying(server: LiveServer, 
                 os.kill(process.pid, signal.SIGKILL)
                 began = time.monotonic()
                 await asyncio.to_thread(
-                    wait_for, server, pair, lambda found: not ready(found) or processes(server, pair)[number] != process
+                    wait_for,
+                    server,
+                    pair,
+                    lambda found: not ready(found) or processes(server, pair).get(number) != process,
                 )
                 await asyncio.to_thread(wait_for, server, pair, ready)
                 took.append(time.monotonic() - began)
@@ -168,7 +178,6 @@ def test_r21_when_all_are_dead_callers_are_told_at_once(server: LiveServer, pair
 
 
 def test_what_outlived_its_server_is_kept_and_what_did_not_comes_back(server: LiveServer, pair: str) -> None:
-    wait_for(server, pair, ready)
     before = processes(server, pair)
     server.kill()
     server.start()
