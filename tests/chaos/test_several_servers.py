@@ -17,7 +17,6 @@ import httpx
 import openai
 import pytest
 
-from tests.contract.postgres_cluster import NoPostgres, postgres_cluster
 from tests.deployments import deploy, events, processes, wait_for
 from tests.live_server import LiveServer
 from tests.promises.test_pool import worker_process
@@ -30,30 +29,15 @@ SOAK = [pytest.mark.soak, pytest.mark.timeout(1200)]
 Serve = Callable[..., LiveServer]
 
 
-@pytest.fixture(scope="module")
-def database() -> Iterator[str]:
-    try:
-        with postgres_cluster() as url:
-            yield url
-    except NoPostgres as reason:
-        pytest.skip(str(reason))
-
-
 @pytest.fixture
-def serve(database: str, tmp_path: Path, tiny_base: Path) -> Iterator[Serve]:
+def serve(postgres_url: str, tmp_path: Path, tiny_base: Path) -> Iterator[Serve]:
     """`serve()` is one more server of the home; with `home` of another one on the same database."""
-    import psycopg
-
-    schema = f"s{os.getpid()}_{time.monotonic_ns()}"
-    with psycopg.connect(database.replace("postgresql+psycopg:", "postgresql:"), autocommit=True) as connection:
-        connection.execute(f"CREATE SCHEMA {schema}")  # type: ignore[arg-type]
-    url = f"{database}&options=-csearch_path%3D{schema}"
     made: list[LiveServer] = []
 
     def run(home: str = "home", start: bool = True, **settings: str) -> LiveServer:
         fresh = not (tmp_path / home).exists()
         chosen = {
-            "TUNEWRIGHT_DATABASE_URL": url,
+            "TUNEWRIGHT_DATABASE_URL": postgres_url,
             "TUNEWRIGHT_DRAIN_DELAY_S": "0",
             "TUNEWRIGHT_MAX_STREAMS_PER_KEY": "1000",
             "TUNEWRIGHT_CANCEL_GRACE_S": "2",
@@ -344,10 +328,10 @@ def test_instances_take_calls_through_both_and_outlive_the_server_that_keeps_the
     assert not processes(second, made["id"]) or not LocalRunner().find("tests.fake_worker", second.home / "workers")
 
 
-def test_who_would_not_see_the_others_is_kept_out(serve: Serve, tmp_path: Path, database: str) -> None:
+def test_who_would_not_see_the_others_is_kept_out(serve: Serve, tmp_path: Path, postgres: str) -> None:
     first = serve()
     with pytest.raises(RuntimeError, match=r"exit code 78.*another TUNEWRIGHT_DATABASE_URL"):
-        serve(TUNEWRIGHT_DATABASE_URL=f"{database}&application_name=x")
+        serve(TUNEWRIGHT_DATABASE_URL=f"{postgres}&application_name=x")
     other = serve("other", start=False)
     with pytest.raises(RuntimeError, match=r"exit code 78.*master\.key"):
         other.start()

@@ -6,19 +6,16 @@ Exit code 0 when `answer.json` was written, 1 otherwise.
 
 import gc
 import sys
-import warnings
 from pathlib import Path
-from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
-from transformers.utils.logging import disable_progress_bar
 
 from tunewright.clock import mono_s
 from tunewright.deployments.full_models import FullOrder
 from tunewright.deployments.ports import Proof
 from tunewright.engines.answering import answer_order
 from tunewright.engines.base_files import verify_files
+from tunewright.engines.own_code import load_and_tell
 from tunewright.engines.placement import detect_placement
 from tunewright.errors import InvalidRequest
 from tunewright.i18n import mark
@@ -62,22 +59,10 @@ def prove(order: FullOrder) -> Proof:
 def _logits(folder: Path, prompts: list[list[int]]) -> tuple[list[torch.Tensor], int, int]:
     """(float32 logits of the token after each prompt, tensors of the model, those that the folder lacks)."""
     placement = detect_placement()
-    disable_progress_bar()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what libraries say here concerns training or their next versions
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder,
-            local_files_only=True,
-            trust_remote_code=False,
-            use_safetensors=True,
-            dtype=getattr(torch, placement.dtype),
-            output_loading_info=True,
-        )
-    model, info = loaded
-    model = model.to(placement.device).eval()
+    model, missing = load_and_tell(folder, placement)
     rows = [torch.tensor([prompt], device=placement.device) for prompt in prompts]
     found = [model(input_ids=row, use_cache=False, logits_to_keep=1).logits[0, -1].float().cpu() for row in rows]
-    return found, sum(1 for _ in model.parameters()), len(info["missing_keys"])
+    return found, sum(1 for _ in model.parameters()), len(missing)
 
 
 if __name__ == "__main__":

@@ -57,17 +57,24 @@ _LENGTHS = (9, 5)
 
 def load_model(folder: Path, placement: Placement) -> PreTrainedModel:
     """The base as transformers knows it: local safetensors only, and never code from the folder."""
+    return load_and_tell(folder, placement)[0]
+
+
+def load_and_tell(folder: Path, placement: Placement) -> tuple[PreTrainedModel, list[str]]:
+    """(`load_model`; the names of tensors that its files lack)."""
     disable_progress_bar()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what libraries say here concerns training or their next versions
-        model: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             local_files_only=True,
             trust_remote_code=False,
             use_safetensors=True,
             dtype=getattr(torch, placement.dtype),
+            output_loading_info=True,
         )
-    return model.to(placement.device).eval().requires_grad_(False)
+    model, told = loaded
+    return model.to(placement.device).eval().requires_grad_(False), sorted(told["missing_keys"])
 
 
 def plan_of(model: PreTrainedModel, weights: WeightFiles) -> Plan | None:
