@@ -140,3 +140,8 @@ def quote(value: object) -> str:
         text = value if isinstance(value, str) else repr(value)
     shown = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text[:40])
     return shown + ("…" if len(text) > 40 else "")
+
+
+def as_sent(value: object) -> str:
+    """`quote`, with a text in quotation marks as in the body, so that `"5"` is not taken for the number it should have been."""
+    return f'"{quote(value)}"' if isinstance(value, str) else quote(value)

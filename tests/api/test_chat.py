@@ -203,6 +203,23 @@ async def test_sampling(
     assert isinstance(request.sampling, Sampling)
 
 
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"messages": "hi"}, 'messages must be a list, not "hi".'),
+        ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content must be text or a list of parts, not 5."),
+        ({"tools": "5"}, 'tools must be a list, not "5".'),
+        ({"max_tokens": "many"}, 'max_tokens must be a whole number, not "many".'),
+    ],
+)
+async def test_a_wrong_value_is_shown_as_it_was_sent(
+    client: httpx.AsyncClient, fields: dict[str, Any], sentence: str
+) -> None:
+    body = {"model": "m", "messages": [{"role": "user", "content": "hi"}], **fields}
+    answer = await client.post("/v1/chat/completions", json=body)
+    assert (answer.status_code, answer.json()["error"]["message"]) == (400, sentence)
+
+
 async def test_messages_as_they_really_come(world: World, client: httpx.AsyncClient) -> None:
     call = {"id": "call_1", "type": "function", "index": 0, "function": {"name": "f", "arguments": "{}"}}
     tools = [{"type": "function", "function": {"name": "f", "strict": True, "description": None}}]

@@ -121,10 +121,10 @@ def test_bombs_of_8_megabytes_are_refused_quickly() -> None:
     size = 8 * 2**20
     bombs = [b"[" * size, b"]" * size, b'{"a":' * (size // 5), b'"' + b"\\" * size, b'"' * size, b"[" + b"9" * size]
     for bomb in bombs:
-        start = time.perf_counter()
+        start = time.thread_time()
         with pytest.raises(InvalidRequest):
             strict_json.loads(bomb)
-        assert time.perf_counter() - start < 3.0, bomb[:6]
+        assert time.thread_time() - start < 3.0, bomb[:6]
 
 
 def test_max_depth_is_a_parameter() -> None:

@@ -31,7 +31,7 @@ from tunewright.completions.vocabulary import (
     ToolCallDelta,
     Usage,
 )
-from tunewright.errors import InvalidRequest, quote
+from tunewright.errors import InvalidRequest, as_sent, quote
 from tunewright.i18n import mark
 from tunewright.ids import new_id
 
@@ -184,7 +184,7 @@ def answer_schema(value: Any) -> dict[str, Any] | None:
     if value is None:
         return None
     if not isinstance(value, dict):
-        raise invalid("response_format", mark("{field} must be an object, not {value}."), value=quote(value))
+        raise invalid("response_format", mark("{field} must be an object, not {value}."), value=as_sent(value))
     kind = value.get("type")
     if kind == "text":
         return None
@@ -192,12 +192,12 @@ def answer_schema(value: Any) -> dict[str, Any] | None:
         return {"type": "object"}
     if kind != "json_schema":
         sentence = mark("{field} must be text, json_object or json_schema, not {value}.")
-        raise invalid("response_format.type", sentence, value=quote(kind))
+        raise invalid("response_format.type", sentence, value=as_sent(kind))
     described = value.get("json_schema")
     schema = described.get("schema") if isinstance(described, dict) else None
     place = "response_format.json_schema.schema"
     if not isinstance(schema, dict):
-        raise invalid(place, mark("{field} must be an object, not {value}."), value=quote(schema))
+        raise invalid(place, mark("{field} must be an object, not {value}."), value=as_sent(schema))
     if len(msgspec.json.encode(schema)) > LARGEST_SCHEMA_BYTES:
         raise InvalidRequest(
             "invalid_schema",
@@ -213,7 +213,7 @@ def number(value: Any, param: str, default: float) -> float:
     if value is None:
         return default
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise invalid(param, mark("{field} must be a number, not {value}."), value=quote(value))
+        raise invalid(param, mark("{field} must be a number, not {value}."), value=as_sent(value))
     return float(value)
 
 
@@ -262,7 +262,7 @@ def wants_usage(fields: ChatFields) -> bool:
     if options is None:
         return False
     if not isinstance(options, dict):
-        raise invalid("stream_options", mark("{field} must be an object, not {value}."), value=quote(options))
+        raise invalid("stream_options", mark("{field} must be an object, not {value}."), value=as_sent(options))
     if not fields.stream:
         raise invalid("stream_options", mark("{field} needs stream to be true."))
     include = options.get("include_usage")

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from tunewright.api.errors import invalid, missing
-from tunewright.errors import InvalidRequest, quote
+from tunewright.errors import InvalidRequest, as_sent, quote
 from tunewright.i18n import mark
 from tunewright.rendering.conversation import Conversation, Message, ToolCall
 
@@ -30,7 +30,7 @@ def conversation_of(messages: Any, tools: Any, model: str, roles: dict[str, str]
     if messages is None:
         raise missing("messages")
     if not isinstance(messages, list):
-        raise invalid("messages", _LIST, value=quote(messages))
+        raise invalid("messages", _LIST, value=as_sent(messages))
     if not messages or len(messages) > MOST_MESSAGES:
         raise invalid("messages", mark("{field} must hold 1 to {limit} items."), limit=MOST_MESSAGES)
     read = tuple(_message(message, f"messages[{index}]", model, roles) for index, message in enumerate(messages))
@@ -39,7 +39,7 @@ def conversation_of(messages: Any, tools: Any, model: str, roles: dict[str, str]
 
 def _message(message: Any, at: str, model: str, roles: dict[str, str]) -> Message:
     if not isinstance(message, dict):
-        raise invalid(at, _OBJECT, value=quote(message))
+        raise invalid(at, _OBJECT, value=as_sent(message))
     word = message.get("role")
     if word is None:
         raise missing(f"{at}.role")
@@ -47,7 +47,7 @@ def _message(message: Any, at: str, model: str, roles: dict[str, str]) -> Messag
     if role is None:
         known = ", ".join(roles)
         raise invalid(
-            f"{at}.role", mark("{field} must be one of {known}, not {value}."), known=known, value=quote(word)
+            f"{at}.role", mark("{field} must be one of {known}, not {value}."), known=known, value=as_sent(word)
         )
     if message.get("function_call") is not None:
         raise InvalidRequest(
@@ -76,7 +76,7 @@ def _content(content: Any, at: str, model: str) -> str | None:
     if content is None or isinstance(content, str):
         return content
     if not isinstance(content, list):
-        raise invalid(at, mark("{field} must be text or a list of parts, not {value}."), value=quote(content))
+        raise invalid(at, mark("{field} must be text or a list of parts, not {value}."), value=as_sent(content))
     if not content:
         raise invalid(at, mark("{field} must not be empty."))
     return "".join(_part(part, f"{at}[{index}]", model) for index, part in enumerate(content))
@@ -84,7 +84,7 @@ def _content(content: Any, at: str, model: str) -> str | None:
 
 def _part(part: Any, at: str, model: str) -> str:
     if not isinstance(part, dict):
-        raise invalid(at, _OBJECT, value=quote(part))
+        raise invalid(at, _OBJECT, value=as_sent(part))
     kind = part.get("type")
     if kind is None:
         raise missing(f"{at}.type")
@@ -93,7 +93,7 @@ def _part(part: Any, at: str, model: str) -> str:
         if text is None:
             raise missing(f"{at}.text")
         if not isinstance(text, str):
-            raise invalid(f"{at}.text", _TEXT, value=quote(text))
+            raise invalid(f"{at}.text", _TEXT, value=as_sent(text))
         return text
     if isinstance(kind, str) and kind in MEDIA_PARTS:
         raise InvalidRequest(
@@ -103,23 +103,23 @@ def _part(part: Any, at: str, model: str) -> str:
             model=quote(model),
             kind=kind,
         )
-    raise invalid(f"{at}.type", mark("{field} must be text, not {value}."), value=quote(kind))
+    raise invalid(f"{at}.type", mark("{field} must be text, not {value}."), value=as_sent(kind))
 
 
 def _tool_calls(calls: Any, at: str) -> tuple[ToolCall, ...]:
     if calls is None:
         return ()
     if not isinstance(calls, list):
-        raise invalid(at, _LIST, value=quote(calls))
+        raise invalid(at, _LIST, value=as_sent(calls))
     return tuple(_tool_call(call, f"{at}[{index}]") for index, call in enumerate(calls))
 
 
 def _tool_call(call: Any, at: str) -> ToolCall:
     if not isinstance(call, dict):
-        raise invalid(at, _OBJECT, value=quote(call))
+        raise invalid(at, _OBJECT, value=as_sent(call))
     function = call.get("function")
     if not isinstance(function, dict):
-        raise invalid(f"{at}.function", _OBJECT, value=quote(function))
+        raise invalid(f"{at}.function", _OBJECT, value=as_sent(function))
     arguments = function.get("arguments")
     if not isinstance(arguments, str):
         raise invalid(f"{at}.function.arguments", mark("{field} must be JSON as text."))
@@ -141,14 +141,16 @@ def _call_id(value: Any, at: str) -> str:
 def _optional_text(value: Any, at: str) -> str | None:
     if value is None or isinstance(value, str):
         return value
-    raise invalid(at, _TEXT, value=quote(value))
+    raise invalid(at, _TEXT, value=as_sent(value))
 
 
 def _function_name(value: Any, at: str) -> str:
     if value is None:
         raise missing(at)
     if not isinstance(value, str) or not _FUNCTION_NAME.fullmatch(value):
-        raise invalid(at, mark("{field} must be 1 to 64 letters, digits, '_' or '-', not {value}."), value=quote(value))
+        raise invalid(
+            at, mark("{field} must be 1 to 64 letters, digits, '_' or '-', not {value}."), value=as_sent(value)
+        )
     return value
 
 
@@ -157,7 +159,7 @@ def tools_of(tools: Any) -> tuple[dict[str, Any], ...]:
     if tools is None:
         return ()
     if not isinstance(tools, list):
-        raise invalid("tools", _LIST, value=quote(tools))
+        raise invalid("tools", _LIST, value=as_sent(tools))
     if len(tools) > MOST_TOOLS:
         raise invalid("tools", mark("{field} may hold at most {limit} items."), limit=MOST_TOOLS)
     return tuple(_tool(tool, f"tools[{index}]") for index, tool in enumerate(tools))
@@ -165,17 +167,17 @@ def tools_of(tools: Any) -> tuple[dict[str, Any], ...]:
 
 def _tool(tool: Any, at: str) -> dict[str, Any]:
     if not isinstance(tool, dict):
-        raise invalid(at, _OBJECT, value=quote(tool))
+        raise invalid(at, _OBJECT, value=as_sent(tool))
     if tool.get("type") != "function":
-        raise invalid(f"{at}.type", mark("{field} must be function, not {value}."), value=quote(tool.get("type")))
+        raise invalid(f"{at}.type", mark("{field} must be function, not {value}."), value=as_sent(tool.get("type")))
     function = tool.get("function")
     if not isinstance(function, dict):
-        raise invalid(f"{at}.function", _OBJECT, value=quote(function))
+        raise invalid(f"{at}.function", _OBJECT, value=as_sent(function))
     _function_name(function.get("name"), f"{at}.function.name")
     _optional_text(function.get("description"), f"{at}.function.description")
     parameters = function.get("parameters")
     if parameters is not None and not isinstance(parameters, dict):
-        raise invalid(f"{at}.function.parameters", _OBJECT, value=quote(parameters))
+        raise invalid(f"{at}.function.parameters", _OBJECT, value=as_sent(parameters))
     return tool  # as it came, like the tools of a training row: both are rendered to the same tokens
 
 
@@ -195,4 +197,4 @@ def tool_choice_of(choice: Any, tools: Sequence[dict[str, Any]]) -> tuple[str, s
             return "required", name
         raise invalid("tool_choice", mark("{field} names a function that tools does not hold."))
     sentence = mark("{field} must be auto, none, required or a function of tools, not {value}.")
-    raise invalid("tool_choice", sentence, value=quote(choice))
+    raise invalid("tool_choice", sentence, value=as_sent(choice))

@@ -19,7 +19,7 @@ from tunewright.api.refusals import NEVER, refuse
 from tunewright.api.services import CompletionsOf
 from tunewright.api.streaming import unless_gone
 from tunewright.completions.embeddings import EmbeddingAnswer, EmbeddingRequest
-from tunewright.errors import quote
+from tunewright.errors import as_sent
 from tunewright.i18n import mark
 
 MOST_INPUTS = 2048
@@ -80,7 +80,7 @@ def embedding_request(body: EmbeddingBody, request_id: str, dialect: str) -> Emb
         raise invalid("model", mark("{field} is too long."))
     if body.encoding_format not in (None, *_ENCODINGS):
         sentence = mark("{field} must be one of {expected}, not {value}.")
-        raise invalid("encoding_format", sentence, expected=", ".join(_ENCODINGS), value=quote(body.encoding_format))
+        raise invalid("encoding_format", sentence, expected=", ".join(_ENCODINGS), value=as_sent(body.encoding_format))
     return EmbeddingRequest(
         model=body.model,
         inputs=_inputs(body.input),

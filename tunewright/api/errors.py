@@ -21,7 +21,7 @@ from tunewright.errors import (
     RateLimited,
     TunewrightError,
     Unavailable,
-    quote,
+    as_sent,
 )
 from tunewright.i18n import mark
 
@@ -142,14 +142,9 @@ def from_validation(error: RequestValidationError | ValidationError) -> Tunewrig
         return missing(param) if param else InvalidRequest("invalid_json", mark("The request needs a JSON body."))
     expected = _EXPECTED.get(finding["type"])
     if expected is None:
-        return invalid(param, mark("{field} is not valid: {value}."), value=_as_sent(finding.get("input")))
+        return invalid(param, mark("{field} is not valid: {value}."), value=as_sent(finding.get("input")))
     limits = {name: value for name, value in (finding.get("ctx") or {}).items() if name in _LIMITS}
-    return invalid(param, expected, value=_as_sent(finding.get("input")), **limits)
-
-
-def _as_sent(value: object) -> str:
-    """As in the body: a text in quotes, so that `"5"` is not taken for the number it should have been."""
-    return f'"{quote(value)}"' if isinstance(value, str) else quote(value)
+    return invalid(param, expected, value=as_sent(finding.get("input")), **limits)
 
 
 def missing(param: str) -> InvalidRequest:

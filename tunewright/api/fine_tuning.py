@@ -17,7 +17,7 @@ from tunewright.api.lists import After, Limit, MetadataFilter, clamped, page
 from tunewright.api.refusals import NOT_ON_CREATE, refuse
 from tunewright.api.renderings import checkpoint_object, deleted_model, event_object, job_object
 from tunewright.api.services import JobsOf, ModelsOf
-from tunewright.errors import InvalidRequest, quote
+from tunewright.errors import InvalidRequest, as_sent, quote
 from tunewright.i18n import mark
 from tunewright.jobs.line import QueuePlace
 from tunewright.jobs.records import QUEUED, Job
@@ -143,12 +143,12 @@ def _method(method: Any) -> tuple[Any, Any]:
     if isinstance(method, str):
         return method, None
     if not isinstance(method, dict):
-        raise invalid("method", mark("{field} must be an object, not {value}."), value=quote(method))
+        raise invalid("method", mark("{field} must be an object, not {value}."), value=as_sent(method))
     kind = method.get("type")
     if kind is None:
         raise missing("method.type")
     if not isinstance(kind, str):
-        raise invalid("method.type", mark("{field} must be text, not {value}."), value=quote(kind))
+        raise invalid("method.type", mark("{field} must be text, not {value}."), value=as_sent(kind))
     settings = method.get(kind)
     if settings is not None and not isinstance(settings, dict):
         raise InvalidRequest(
@@ -156,7 +156,7 @@ def _method(method: Any) -> tuple[Any, Any]:
             mark("{field} must be an object, not {value}."),
             param=f"method.{quote(kind)}",
             field=f"method.{quote(kind)}",
-            value=quote(settings),
+            value=as_sent(settings),
         )
     return kind, settings.get("hyperparameters") if settings else None
 

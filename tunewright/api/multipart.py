@@ -14,7 +14,7 @@ from starlette.requests import Request
 from tunewright.api.errors import invalid, missing
 from tunewright.api.threads import to_the_end
 from tunewright.datasets.records import PURPOSES
-from tunewright.errors import InvalidRequest, TooLarge, UnsupportedMedia, quote
+from tunewright.errors import InvalidRequest, TooLarge, UnsupportedMedia, as_sent, quote
 from tunewright.i18n import mark
 
 logging.getLogger("python_multipart").setLevel(logging.ERROR)  # what is wrong with a form is told to its sender
@@ -155,7 +155,7 @@ class Form:
                 mark("purpose must be one of {purposes}, not {value}."),
                 param="purpose",
                 purposes=", ".join(PURPOSES),
-                value=quote(value),
+                value=as_sent(value),
             )
         if self._name == "expires_after[seconds]":
             _check_expiry(value)

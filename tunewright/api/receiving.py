@@ -14,7 +14,7 @@ from tunewright.api.threads import stoppable
 from tunewright.datasets.records import PURPOSES, File
 from tunewright.datasets.service import DatasetService
 from tunewright.datasets.uploads import REFUSE, Watch
-from tunewright.errors import InvalidRequest, quote
+from tunewright.errors import InvalidRequest, as_sent
 from tunewright.i18n import mark
 
 
@@ -47,7 +47,7 @@ async def receive_file(
                 mark("purpose must be one of {purposes}, not {value}."),
                 param="purpose",
                 purposes=", ".join(purposes),
-                value=quote(fields["purpose"]),
+                value=as_sent(fields["purpose"]),
             )
 
         def finish(stopped: Callable[[], bool]) -> File:

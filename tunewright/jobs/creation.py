@@ -10,7 +10,7 @@ import msgspec
 
 from tunewright.datasets.records import FINE_TUNE_PURPOSES, File
 from tunewright.datasets.report import Report
-from tunewright.errors import Conflict, InvalidRequest, NotFound, quote
+from tunewright.errors import Conflict, InvalidRequest, NotFound, as_sent, quote
 from tunewright.i18n import mark
 from tunewright.jobs.scheduling import PRIORITIES
 from tunewright.models.records import Base, TunedModel
@@ -222,7 +222,7 @@ def check_tolerance(max_bad_rows: Any, max_bad_ratio: Any) -> Tolerance:
             mark("max_bad_rows must be a whole number from 0 to {most}, not {value}."),
             param="max_bad_rows",
             most=MOST_BAD_ROWS,
-            value=quote(max_bad_rows),
+            value=as_sent(max_bad_rows),
         )
     ratio = max_bad_ratio
     if ratio is not None and not (_is_number(ratio) and 0 <= ratio <= LARGEST_BAD_RATIO):
@@ -231,7 +231,7 @@ def check_tolerance(max_bad_rows: Any, max_bad_ratio: Any) -> Tolerance:
             mark("max_bad_ratio must be a number from 0 to {most}, not {value}."),
             param="max_bad_ratio",
             most=LARGEST_BAD_RATIO,
-            value=quote(max_bad_ratio),
+            value=as_sent(max_bad_ratio),
         )
     return Tolerance(max_bad_rows=rows, max_bad_ratio=None if ratio is None else float(ratio))
 
@@ -246,7 +246,7 @@ def check_split(validation_split: Any, validation_file: Any) -> float | None:
             mark("validation_split must be a number above 0 and up to {most}, not {value}."),
             param="validation_split",
             most=LARGEST_SPLIT,
-            value=quote(validation_split),
+            value=as_sent(validation_split),
         )
     if validation_file not in (None, ""):
         raise InvalidRequest(
@@ -280,7 +280,7 @@ def check_receipts(receipts: Any) -> str:
             "invalid_value",
             mark("receipts must be auto, on or off, not {value}."),
             param="receipts",
-            value=quote(receipts),
+            value=as_sent(receipts),
         )
     return receipts
 
@@ -294,7 +294,7 @@ def check_tensorboard(wish: Any) -> bool:
         mark("{field} must be true or false, not {value}."),
         param="tensorboard",
         field="tensorboard",
-        value=quote(wish),
+        value=as_sent(wish),
     )
 
 
@@ -311,7 +311,7 @@ def check_rehearsal(wish: Any) -> str | None:
         mark("rehearsal must be one of {known}, not {value}."),
         param="rehearsal",
         known=", ".join(REHEARSALS),
-        value=quote(wish),
+        value=as_sent(wish),
     )
 
 
@@ -323,7 +323,7 @@ def check_suffix(suffix: Any) -> str | None:
         "invalid_suffix",
         mark("suffix must be 1 to 40 letters, digits, '-' or '_', not {value}."),
         param="suffix",
-        value=quote(suffix),
+        value=as_sent(suffix),
     )
 
 
@@ -339,7 +339,7 @@ def check_seed(seed: Any) -> int:
             mark("seed must be a whole number from 0 to {most}, not {value}."),
             param="seed",
             most=LARGEST_SEED,
-            value=quote(seed),
+            value=as_sent(seed),
         )
     return seed
 
@@ -355,7 +355,7 @@ def check_priority(priority: Any) -> str:
         mark("priority must be one of {known}, not {value}."),
         param="priority",
         known=", ".join(PRIORITIES),
-        value=quote(priority),
+        value=as_sent(priority),
     )
 
 

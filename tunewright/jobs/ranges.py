@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 import msgspec
 
-from tunewright.errors import InvalidRequest, quote
+from tunewright.errors import InvalidRequest, as_sent
 from tunewright.i18n import mark
 
 _NUMBER = re.compile(r"[+-]?[0-9]{1,15}(\.[0-9]{1,15})?")
@@ -55,7 +55,7 @@ class Whole(msgspec.Struct, frozen=True):
             field=param,
             least=self.least,
             most=self.most,
-            value=quote(value),
+            value=as_sent(value),
         )
 
     def shape(self) -> dict[str, Any]:
@@ -89,7 +89,7 @@ class Fraction(msgspec.Struct, frozen=True):
             field=param,
             least=self.least,
             most=self.most,
-            value=quote(value),
+            value=as_sent(value),
         )
 
     def shape(self) -> dict[str, Any]:
@@ -113,7 +113,7 @@ class Word(msgspec.Struct, frozen=True):
             param=param,
             field=param,
             known=", ".join(self.words),
-            value=quote(value),
+            value=as_sent(value),
         )
 
     def shape(self) -> dict[str, Any]:
@@ -138,7 +138,7 @@ class Stopping(msgspec.Struct, frozen=True):
                 mark("{field} must be true, false or an object with patience and min_delta, not {value}."),
                 param=param,
                 field=param,
-                value=quote(value),
+                value=as_sent(value),
             )
         found: dict[str, int | float] = {name: range_.default for name, range_ in _STOPPING.items()}
         asked = {name: one for name, one in given.items() if one not in (None, "auto")}

@@ -23,7 +23,7 @@ from tunewright.api.refusals import NOT_ON_CREATE, refuse, refuse_others
 from tunewright.api.renderings import event_object, job_object
 from tunewright.api.services import JobsOf, PlatformOf
 from tunewright.api.streaming import EventStream
-from tunewright.errors import InvalidRequest, quote
+from tunewright.errors import InvalidRequest, as_sent
 from tunewright.i18n import mark
 from tunewright.jobs.line import QueuePlace
 from tunewright.jobs.records import MOVES, TERMINAL, Job, JobEvent
@@ -87,7 +87,7 @@ async def _retry_body(request: Request) -> dict[str, Any]:
     refuse_others(body, _RETRY_FIELDS)
     wish = body.get("apply_suggestion")
     if wish is not None and not isinstance(wish, bool):
-        raise invalid("apply_suggestion", mark("{field} must be true or false, not {value}."), value=quote(wish))
+        raise invalid("apply_suggestion", mark("{field} must be true or false, not {value}."), value=as_sent(wish))
     return body
 
 
