@@ -41,6 +41,7 @@ from serve_speed import (
 OURS = {
     "float32": {"precision": "float32"},
     "bfloat16": {"precision": "bfloat16"},
+    "float16 weights": {"weights": "float16"},
     "int8": {"weights": "int8"},
 }
 PEER_ADAPTERS = 4

@@ -94,7 +94,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("--most", type=int, default=64, help="requests, and adapters; a power of two")
-    parser.add_argument("--weights", default="exact", choices=["exact", "int8"])
+    parser.add_argument("--weights", default="exact", choices=["exact", "float16", "int8"])
     parser.add_argument("--core", type=int, default=0)
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--machine", default="one core", help="what the picture says of the machine")

@@ -157,7 +157,7 @@ def main() -> None:
     parser.add_argument("--concurrent", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--adapters", type=int, nargs="+", default=[4])
     parser.add_argument("--precision", default="auto", choices=["auto", "fastest", "float32", "bfloat16"])
-    parser.add_argument("--weights", default="exact", choices=["exact", "int8"])
+    parser.add_argument("--weights", default="exact", choices=["exact", "float16", "int8"])
     parser.add_argument("--core", type=int, help="pin client and worker to this core")
     arguments = parser.parse_args()
     if arguments.core is not None:

@@ -87,9 +87,9 @@ class Settings(BaseSettings):
     engine_precision: Literal["auto", "fastest", "float32", "bfloat16"] = Field(
         default="auto", description="Number format of products; auto: float32 on a processor; fastest measures at start"
     )
-    engine_weights: Literal["exact", "int8"] = Field(
+    engine_weights: Literal["exact", "float16", "int8"] = Field(
         default="exact",
-        description="Weights of bases: as they are, or rounded to 8 bits, which is several times as fast",
+        description="Weights of bases: as they are, or rounded to 16 or 8 bits, which is up to several times as fast",
     )
     engine_slots: int = Field(default=16, ge=1, description="Sequences decoded together by one worker")
     engine_queue: int = Field(default=256, ge=1, description="Requests waiting at one worker before it refuses")

@@ -1,13 +1,16 @@
-"""Products in bfloat16 and in 8 bits: near the exact ones, alone and in company, and refused where they are not."""
+"""Products in other formats than float32: near the exact ones, alone and in company, and refused where they are not."""
 
+import json
 import random
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from tests.engines.adapters import BASE_CODE, Reference, request_values
-from tunewright.engines import loading, measuring
+from tunewright.engines import loading, measuring, products
 from tunewright.engines.adapter_files import Adapter, read_adapter
 from tunewright.engines.batch import Part, make_batch
 from tunewright.engines.decoder import Decoder
@@ -15,11 +18,11 @@ from tunewright.engines.kv_cache import SlotCache
 from tunewright.engines.loading import load_decoder
 from tunewright.engines.measuring import better, choose_precision, choose_threads, product_speeds
 from tunewright.engines.placement import choose_placement, placement_of, use_threads
-from tunewright.engines.products import Products
+from tunewright.engines.products import Products, half_product, half_scale, has_half
 from tunewright.errors import Misconfigured
 
 CPU = choose_placement(cuda=False, cuda_bfloat16=False)
-NEAR = {"float32": 1e-4, "bfloat16": 0.05, "int8": 0.1}
+NEAR = {"float32": 1e-4, "float16": 5e-3, "bfloat16": 0.05, "int8": 0.1}
 """Largest difference of a logit from the exact one, beside the largest logit."""
 
 
@@ -89,6 +92,68 @@ def test_products_of_8_bits_take_large_features_apart() -> None:
     assert torch.isfinite(Products("int8").of("a", torch.zeros(8, 16))(torch.zeros(2, 16))).all()
 
 
+needs_half = pytest.mark.skipif(not has_half(), reason="torch has no FBGEMM on this processor")
+
+
+def test_weights_go_into_2_bytes_only_where_nothing_is_lost() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight_OI = torch.randn(300, 40, generator=generator)
+    trained_OI = weight_OI.bfloat16().float()
+    assert half_scale(trained_OI) == half_scale(weight_OI.half().float()) == 1
+    assert half_scale(weight_OI) is None
+    late_OI = trained_OI.clone()
+    late_OI[299, 39] = 1 + 2**-20
+    assert half_scale(late_OI) is None
+    small_OI = trained_OI * 2**-12  # too small for 16 bits as it is
+    scale = half_scale(small_OI)
+    assert scale is not None and scale > 1 and torch.equal((small_OI * scale).half().float() / scale, small_OI)
+    for value in (0.0, torch.inf, torch.nan):
+        assert half_scale(torch.full((2, 2), value)) is None
+
+
+@needs_half
+@pytest.mark.parametrize("scale", [1.0, 4096.0])
+def test_a_row_has_the_same_bits_alone_and_in_any_company(scale: float) -> None:
+    generator = torch.Generator().manual_seed(1)
+    x_TI, bias_O = torch.randn(260, 700, generator=generator), torch.randn(70, generator=generator)
+    weight_OI = torch.randn(70, 700, generator=generator).bfloat16().float() / scale
+    product = half_product(weight_OI, bias_O, scale)
+    all_TO = product(x_TI)
+    assert float((all_TO - (x_TI @ weight_OI.t() + bias_O)).abs().max()) < 1e-3 / scale**0.5
+    for rows in range(261):
+        assert torch.equal(product(x_TI[:rows]), all_TO[:rows])
+        assert torch.equal(product(x_TI[rows - 1 : rows]), all_TO[rows - 1 : rows] if rows else all_TO[:0])
+
+
+@needs_half
+def test_a_base_of_2_bytes_is_served_from_as_many(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the same rule as ever: the logits are those of the model's own code in float32."""
+    made: list[torch.Tensor] = []
+
+    def counted(weight_OI: torch.Tensor, *more: object) -> object:
+        made.append(weight_OI)
+        return half_product(weight_OI, *more)  # pyright: ignore[reportArgumentType]
+
+    monkeypatch.setattr(products, "half_product", counted)
+    monkeypatch.setattr(loading, "_MEASURED_FROM", 0)
+    monkeypatch.setattr(loading, "fastest_exact", lambda _: (False, True))
+    assert load_decoder(tiny_base, CPU, 64).precision == "float32" and not made
+    shutil.copytree(tiny_base, tmp_path / "small")
+    tensors = load_file(tiny_base / "model.safetensors")
+    small = {name: tensor.bfloat16() for name, tensor in tensors.items()}
+    save_file(small, tmp_path / "small" / "model.safetensors", {"format": "pt"})
+    assert load_decoder(tmp_path / "small", CPU, 64).precision == "float32"
+    layers = json.loads((tiny_base / "config.json").read_text())["num_hidden_layers"]
+    assert len(made) == 4 * layers + 1
+
+
+def test_what_is_fastest_for_exact_weights_is_measured() -> None:
+    plain, half = measuring.fastest_exact(64)
+    assert {plain, half} <= {True, False} and not (half and not has_half())
+
+
 def test_a_base_that_8_bits_change_too_much_is_refused(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loading, "MAX_DIVERGENCE", 1e-9)
     with pytest.raises(Misconfigured) as caught:
@@ -121,7 +186,8 @@ def test_the_faster_format_is_chosen(monkeypatch: pytest.MonkeyPatch, tiny_base:
         assert placement_of(tiny_base, "fastest", "exact").precision == chosen
     for wanted, precision in (("auto", "float32"), ("float32", "float32"), ("bfloat16", "bfloat16")):
         assert placement_of(tiny_base, wanted, "exact").precision == precision
-        assert placement_of(tiny_base, wanted, "int8").precision == "int8"
+        for weights in ("float16", "int8"):
+            assert placement_of(tiny_base, wanted, weights).precision == weights
 
 
 def test_threads_are_as_asked_or_measured() -> None:

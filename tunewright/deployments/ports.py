@@ -37,7 +37,7 @@ class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
     precision: str = "auto"
     """Number format of matrix products: float32, bfloat16, fastest (measured), or auto: float32 on a processor."""
     weights: str = "exact"
-    """exact, or int8 for weights of 8 bits."""
+    """exact, float16, or int8 for weights of 8 bits."""
     store_path: str | None = None
     """Adapters are loaded from below this folder only; None does not look."""
     references_path: str | None = None

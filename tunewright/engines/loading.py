@@ -11,7 +11,7 @@ from tunewright.engines.batch import Part, make_batch
 from tunewright.engines.decoder import Decoder
 from tunewright.engines.fast_decoder import EMBEDDING, FastDecoder, Plan
 from tunewright.engines.kv_cache import SlotCache
-from tunewright.engines.measuring import plain_is_faster
+from tunewright.engines.measuring import fastest_exact
 from tunewright.engines.placement import Placement
 from tunewright.engines.products import FLOAT32, INT8, Products
 from tunewright.engines.references import Order, Reference
@@ -83,8 +83,9 @@ def _fast(
 ) -> Decoder:
     weights = WeightFiles(folder, getattr(torch, placement.dtype), placement.device)
     hidden = weights.shape(EMBEDDING)[1]
-    plain = placement.device == "cpu" and placement.precision == FLOAT32 and hidden >= _MEASURED_FROM
-    products = Products(placement.precision, largest, plain=plain and plain_is_faster(hidden))
+    exact = placement.device == "cpu" and placement.precision == FLOAT32 and hidden >= _MEASURED_FROM
+    plain, half = fastest_exact(hidden) if exact else (False, False)
+    products = Products(placement.precision, largest, plain, half)
     with torch.inference_mode():
         return FastDecoder(plan, weights, context_tokens=context_tokens, products=products)
 

@@ -6,7 +6,15 @@ import os
 import torch
 
 from tunewright.clock import mono_s, thread_cpu_s
-from tunewright.engines.products import BFLOAT16, FLOAT32, Products, packed_product, plain_product
+from tunewright.engines.products import (
+    BFLOAT16,
+    FLOAT32,
+    Products,
+    half_product,
+    has_half,
+    packed_product,
+    plain_product,
+)
 
 _ROUNDS = 5
 _FEW_ROUNDS = 3
@@ -41,23 +49,27 @@ def product_speeds(hidden: int, width: int) -> dict[str, float]:
     return best
 
 
-def plain_is_faster(hidden: int) -> bool:
-    """Whether exact weights with few outputs are multiplied faster as they are than packed, by the clock of this thread (0.1 s).
+def fastest_exact(hidden: int) -> tuple[bool, bool]:
+    """Whether exact weights with few outputs are multiplied faster as they are than packed, and whether weights that 2 bytes
+    hold are multiplied faster so than either way, by the clock of this thread (0.1 s).
 
-    Which of the two it is depends on the maker of the processor. The weights are more than its caches hold, as a model's are.
+    Both depend on the maker of the processor. The weights are more than its caches hold, as a model's are. Fewer rows would
+    gain more from 2 bytes, many more nothing.
     """
     count = max(1, min(_MOST_WEIGHTS, _BEYOND_CACHES // (4 * hidden * hidden)))
     weights = list(torch.ones(count, hidden, hidden))
     x_TI = torch.ones(_ROWS, hidden)
-    kinds = [[make(weight, None) for weight in weights] for make in (packed_product, plain_product)]
-    seconds = [math.inf, math.inf]
+    makes = [packed_product, plain_product, *([half_product] if has_half() else [])]
+    kinds = [[make(weight, None) for weight in weights] for make in makes]
+    seconds = [math.inf] * len(kinds)
     for _ in range(_FEW_ROUNDS):
         for i, products in enumerate(kinds):
             began = thread_cpu_s()
             for product in products:
                 product(x_TI)
             seconds[i] = min(seconds[i], thread_cpu_s() - began)
-    return seconds[1] * _WORTH_CHOOSING < seconds[0]
+    packed_s, plain_s = seconds[:2]
+    return plain_s * _WORTH_CHOOSING < packed_s, min(seconds) * _WORTH_CHOOSING < min(packed_s, plain_s)
 
 
 def choose_threads(wanted: int) -> int:

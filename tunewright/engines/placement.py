@@ -64,8 +64,8 @@ def placement_of(folder: Path, precision: str, weights: str) -> Placement:
     placement = detect_placement()
     if placement.device != "cpu":
         return placement if precision != "float32" else placement._replace(dtype="float32", precision="float32")
-    if weights == "int8" or precision != "fastest":
-        chosen = "int8" if weights == "int8" else precision.replace("auto", "float32")
+    if weights != "exact" or precision != "fastest":
+        chosen = precision.replace("auto", "float32") if weights == "exact" else weights
         return placement._replace(precision=chosen)
     from tunewright.engines.measuring import choose_precision
 

@@ -4,7 +4,9 @@ processors, the model's own number format on GPUs.
 Shape legend: T tokens of the step, I and O features in and out.
 """
 
+import math
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -12,7 +14,7 @@ import torch.nn.functional as functional
 
 Product = Callable[[torch.Tensor], torch.Tensor]
 
-FLOAT32, BFLOAT16, INT8 = "float32", "bfloat16", "int8"
+FLOAT32, BFLOAT16, FLOAT16, INT8 = "float32", "bfloat16", "float16", "int8"
 HEAD = "lm_head"
 _STEPS = 127
 _STEPS_WITHOUT_VNNI = 63
@@ -24,15 +26,26 @@ _EXACT = 8
 _FEW_OUTPUTS = 3
 """Times as many as inputs. With more of them, packed is faster everywhere."""
 _TINY = 1e-20
+_LARGEST_EXPONENT = 15
+"""Of numbers of 16 bits."""
+_HALF_UNIT = 2.0**-24
+"""What float32 itself rounds away, beside the number that is rounded."""
+_SOME_ROWS = 128
+"""Of weights are looked at together: the first ones tell of most that 2 bytes do not hold them."""
+_FBGEMM = "wrapped_fbgemm_linear_fp16_weight"
+_MOST_ROWS = 120
+"""So many at a time FBGEMM multiplies; what is left it takes in pieces."""
 
 
 class Products(NamedTuple):
     """How a decoder multiplies. `largest` says by linear layer how large each feature of what it is given was in some texts;
-    int8 goes by that. `plain`: exact weights with few outputs are not packed (`measuring.plain_is_faster`)."""
+    int8 goes by that. What is fastest for exact weights is measured (`measuring.fastest_exact`): `plain` leaves those with few
+    outputs unpacked, `half` keeps those in 2 bytes each that lose nothing by it."""
 
     precision: str = FLOAT32
     largest: Mapping[str, torch.Tensor] = {}
     plain: bool = False
+    half: bool = False
 
     def of(self, name: str, weight_OI: torch.Tensor, bias_O: torch.Tensor | None = None) -> Product:
         """A function x -> x @ weight.T + bias that does not change x. The weight itself is not needed any more."""
@@ -49,6 +62,10 @@ class Products(NamedTuple):
             make = packed_product if packs else _linear
             product = make(weight_OI.bfloat16(), None if bias_O is None else bias_O.bfloat16())
             return lambda x_TI: product(x_TI.bfloat16()).float()
+        if self.precision == FLOAT16:
+            return half_product(weight_OI, bias_O) if has_half() else packed_product(weight_OI.half().float(), bias_O)
+        if self.half and (scale := half_scale(weight_OI)):
+            return half_product(weight_OI, bias_O, scale)
         if self.plain and len(weight_OI) <= _FEW_OUTPUTS * weight_OI.shape[1]:
             return plain_product(weight_OI, bias_O)
         return packed_product(weight_OI, bias_O)
@@ -69,6 +86,68 @@ def packed_product(weight_OI: torch.Tensor, bias_O: torch.Tensor | None) -> Prod
     packed = torch.ops.mkldnn._reorder_linear_weight(weight_OI)
     pointwise = torch.ops.mkldnn._linear_pointwise
     return lambda x_TI: pointwise(x_TI, packed, bias_O, "none", [], "")
+
+
+def has_half() -> bool:
+    """Whether torch comes with FBGEMM for this processor."""
+    return torch.backends.quantized.engine in ("x86", "fbgemm") and hasattr(torch.ops._quantized, _FBGEMM)
+
+
+def half_scale(weight_OI: torch.Tensor) -> float | None:
+    """A power of two times which the weights are 16 bit floats, as of models that were trained in bfloat16; None if there is
+    none. Weights so small that float32 rounds more away beside the largest one may differ by that."""
+    largest = float(weight_OI.abs().max())
+    if not 0 < largest < torch.inf:
+        return None
+    for scale in (1.0, 2.0 ** (_LARGEST_EXPONENT - math.frexp(largest)[1])):
+        if all(_rounding(some_OI * scale) <= _HALF_UNIT * largest * scale for some_OI in weight_OI.split(_SOME_ROWS)):
+            return scale
+    return None
+
+
+def _rounding(weight_OI: torch.Tensor) -> float:
+    """How far the weights are from 16 bit floats at most."""
+    return float(weight_OI.half().float().sub_(weight_OI).abs_().max())
+
+
+def half_product(weight_OI: torch.Tensor, bias_O: torch.Tensor | None, scale: float = 1.0) -> Product:
+    """Weights, times `scale`, in 2 bytes each, all else in float32 (FBGEMM): few rows mostly wait for weights."""
+    multiply = _half_multiply(weight_OI * scale, None if bias_O is None else bias_O * scale)
+    spare = _spare_rows()
+
+    def product(x_TI: torch.Tensor) -> torch.Tensor:
+        rows = len(x_TI)
+        extra = spare[rows % _MOST_ROWS]
+        if extra:
+            x_TI = functional.pad(x_TI, (0, 0, 0, extra))
+        y_TO = multiply(x_TI)
+        if scale != 1:
+            y_TO.mul_(1 / scale)
+        return y_TO[:rows] if extra else y_TO
+
+    return product
+
+
+def _half_multiply(weight_OI: torch.Tensor, bias_O: torch.Tensor | None) -> Product:
+    """The operation of the same name in `torch.ops.quantized` takes 12 us longer a call to find its weights."""
+    packed, outputs = torch.ops._quantized.wrapped_fbgemm_pack_gemm_matrix_fp16(weight_OI), len(weight_OI)
+    multiply = getattr(torch.ops._quantized, _FBGEMM).default
+    return lambda x_TI: multiply(x_TI, packed, bias_O, outputs)
+
+
+@cache
+def _spare_rows() -> list[int]:
+    """How many rows to add to so many, that each is summed in the same order whatever its company.
+
+    FBGEMM's kernels for one and two rows have an order of their own; which numbers of rows end in them depends on the
+    processor and is found by trying.
+    """
+    generator = torch.Generator().manual_seed(0)
+    x_TI, weight_OI = (torch.randn(n, 128, generator=generator) for n in (_MOST_ROWS, 32))
+    multiply = _half_multiply(weight_OI, None)
+    all_TO = multiply(x_TI)
+    alike = [torch.equal(multiply(x_TI[:rows]), all_TO[:rows]) for rows in range(_MOST_ROWS)] + [True]
+    return [next(more for more in range(_MOST_ROWS) if alike[rows + more]) for rows in range(_MOST_ROWS)]
 
 
 def _int8(weight_OI: torch.Tensor, bias_O: torch.Tensor | None, largest_I: torch.Tensor) -> Product:

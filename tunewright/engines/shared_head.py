@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as functional
 
-from tunewright.engines.products import FLOAT32, HEAD, Product, Products
+from tunewright.engines.products import FLOAT16, FLOAT32, HEAD, Product, Products, half_scale
 from tunewright.engines.weight_files import WeightFiles
 
 Rows = Callable[[torch.Tensor], torch.Tensor]
@@ -24,15 +24,26 @@ def head_and_rows(weights: WeightFiles, head: str, embedding: str, products: Pro
     """The product with the tensor `head`, and what looks up rows of the tensor `embedding`, which may be the same."""
     weight_VE = weights(head)
     on_processor = weight_VE.device.type == "cpu" and weight_VE.dtype == torch.float32
-    if head == embedding and on_processor and products.precision == FLOAT32 and torch.backends.mkldnn.is_available():
+    exact = products.precision == FLOAT32 and not (products.half and half_scale(weight_VE))
+    if head == embedding and on_processor and exact and torch.backends.mkldnn.is_available():
         packed = torch.ops.mkldnn._reorder_linear_weight(weight_VE)
         rows = _rows_of_packed(packed, weight_VE)
         if rows is not None:
             pointwise = torch.ops.mkldnn._linear_pointwise
             return lambda x_TE: pointwise(x_TE, packed, None, "none", [], ""), rows
-    table_VE = weights(embedding).clone()  # nothing of the file stays mapped
+    table_VE = weights(embedding)
     product = products.of(HEAD, table_VE if head == embedding else weight_VE)
-    return product, lambda ids_T: functional.embedding(ids_T, table_VE)
+    small_VE = _in_two_bytes(table_VE, rounded=products.precision == FLOAT16)  # nothing of the file stays mapped
+    return product, lambda ids_T: functional.embedding(ids_T, small_VE).to(weight_VE.dtype)
+
+
+def _in_two_bytes(table_VE: torch.Tensor, *, rounded: bool) -> torch.Tensor:
+    """A copy, with 2 bytes for each number where that loses nothing, or is wanted."""
+    for dtype in (torch.float16, torch.bfloat16):
+        small_VE = table_VE.to(dtype, copy=True)
+        if rounded or torch.equal(small_VE.to(table_VE.dtype), table_VE):
+            return small_VE
+    return table_VE.clone()
 
 
 def _rows_of_packed(packed: torch.Tensor, weight_VE: torch.Tensor) -> Rows | None:
