@@ -1,7 +1,7 @@
 """A stand-in for vLLM with its names and manners, for one process without it: a model that answers token by token.
 
-Arguments are those of version 0.32.0, anything else is a TypeError as there. With `mixes` it has the fault of a real build:
-rows of the base are answered by the last adapter as soon as there is one beside them.
+Arguments are those of version 0.32.0, anything else is a TypeError as there. With `mixes` it has the fault of the real build for
+processors: rows of the base are answered by the adapter in the last slot, as soon as there is one.
 """
 
 import asyncio
@@ -72,7 +72,9 @@ class AsyncLLM:
 
     def __init__(self, arguments: AsyncEngineArgs) -> None:
         assert not arguments.trust_remote_code and arguments.load_format == "safetensors"
+        self.arguments = arguments
         self._reference = Reference(Path(arguments.model))
+        self._slots: list[LoRARequest | None] = [None] * arguments.max_loras
         self.errored = False
         self.running: dict[str, Any] = {}
         self.removed: list[int] = []
@@ -87,7 +89,15 @@ class AsyncLLM:
 
     async def remove_lora(self, lora_id: int) -> bool:
         self.removed.append(lora_id)
+        self._slots = [None if lora and lora.lora_int_id == lora_id else lora for lora in self._slots]
         return True
+
+    def _load(self, lora: LoRARequest) -> None:
+        """Into the first free slot, or one that nobody uses now; where all are used the real one would have it wait."""
+        if lora not in self._slots:
+            free = [place for place, other in enumerate(self._slots) if other is None]
+            unused = [place for place, other in enumerate(self._slots) if other not in self.running.values()]
+            self._slots[(free or unused or [0])[0]] = lora
 
     async def generate(
         self,
@@ -101,14 +111,14 @@ class AsyncLLM:
         assert set(prompt) == {"prompt_token_ids", "cache_salt"} and request_id not in self.running
         assert sampling_params.temperature == 0, "the stand-in takes the likeliest"
         self.salts.append(prompt["cache_salt"])
+        if lora_request is not None:
+            self._load(lora_request)
         self.running[request_id] = lora_request
         try:
             ids = list(prompt["prompt_token_ids"])
             for _ in range(sampling_params.max_tokens or 0):
                 await asyncio.sleep(0.001)
-                lora = lora_request
-                if self.mixes and lora is None:
-                    lora = next((other for other in reversed(self.running.values()) if other is not None), None)
+                lora = self._slots[-1] if self.mixes and lora_request is None else lora_request
                 path = None if lora is None else Path(lora.lora_path)
                 logprobs_V = self._reference.logits(path, ids)[-1].log_softmax(-1)
                 token = int(logprobs_V.argmax())

@@ -183,13 +183,26 @@ def test_salts_are_of_tenants(vllm_engine: Make) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "code"), [({"mixes": True}, "vllm_mixes_adapters"), ({"version": "0.31.0"}, "vllm_version")]
+    ("change", "code"),
+    [
+        ({"mixes": True}, "vllm_mixes_adapters"),
+        ({"mixes": True, "adapters": 1}, "vllm_mixes_adapters"),
+        ({"mixes": True, "adapters": 32}, "vllm_mixes_adapters"),
+        ({"version": "0.31.0"}, "vllm_version"),
+    ],
 )
 def test_what_cannot_be_trusted_does_not_start(vllm_engine: Make, change: dict[str, object], code: str) -> None:
     with pytest.raises(Misconfigured) as caught:
         vllm_engine(**change)
     assert caught.value.code == code
     assert caught.value.text("zh") != caught.value.text("en")
+
+
+@pytest.mark.parametrize("adapters", [1, 3, 32])
+def test_the_check_fills_all_slots(adapters: int, vllm_engine: Make) -> None:
+    """An adapter in the last slot is what rows of the base would be answered with."""
+    _, fake = vllm_engine(adapters=adapters)
+    assert fake.made[0].arguments.max_loras == min(adapters, 8) == len(fake.made[0].removed)
 
 
 def test_leaving_ends_the_work(vllm_engine: Make, adapters: list[Path]) -> None:

@@ -62,6 +62,7 @@ class VllmEngine:
         self._renderer = renderer
         self._folder = folder / "adapters"
         self._model = Path(spec.weights_path or spec.base_path)
+        self._loras_in_a_step = min(spec.adapters, _MOST_LORAS_IN_A_STEP)
         self._linears: dict[str, tuple[int, int]] = {}
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="vllm", daemon=True)
@@ -192,8 +193,8 @@ class VllmEngine:
         own = spec.weights_path is not None
         adapters = {} if own else {
             "enable_lora": True,
-            "max_loras": min(spec.adapters, _MOST_LORAS_IN_A_STEP),
-            "max_cpu_loras": max(spec.adapters, 1),
+            "max_loras": self._loras_in_a_step,
+            "max_cpu_loras": spec.adapters,
             "max_lora_rank": MAX_RANK,
         }  # fmt: skip
         arguments = self._vllm.AsyncEngineArgs(
@@ -218,15 +219,20 @@ class VllmEngine:
             await self._check_mixed_batches()
 
     async def _check_mixed_batches(self) -> None:
-        """Two adapters of random numbers and the base, each alone and then all together. Fails closed."""
+        """Adapters of random numbers and the base, each alone and then all together. Fails closed.
+
+        As many adapters as vLLM has slots for: its CPU build answers the base with what lies in the last slot, and an empty
+        one changes nothing.
+        """
         prompt = [token % self._renderer.vocabulary_size for token in range(11, 43)]
         rows: dict[str, Any] = {"base": None}
-        for number in (1, 2):
+        for number in range(1, self._loras_in_a_step + 1):
             folder = self._folder / f".check-{number}"
             write_adapter(folder, _random_pairs(self._linears, number), self._spec.base_code)
             rows[f"adapter {number}"] = self._lora(f"check-{number}", folder)
         solo = {name: await self._greedy(prompt, lora) for name, lora in rows.items()}
         mixed: dict[str, list[list[Step]]] = {name: [] for name in rows}
+        mixed["base"].append(await self._greedy(prompt, None))  # alone, with all adapters in their slots
         for _ in range(_CHECK_ROUNDS):
             order = [*rows, *reversed(rows)]
             answers = await asyncio.gather(*(self._greedy(prompt, rows[name]) for name in order))
@@ -241,7 +247,7 @@ class VllmEngine:
             raise Misconfigured(
                 "vllm_mixes_adapters",
                 mark("vLLM does not answer the rows of a mixed batch as it answers them alone: {faults}."),
-                faults="; ".join(found),
+                faults="; ".join(dict.fromkeys(found)),
             )
 
     async def _greedy(self, prompt: list[int], lora: Any) -> list[Step]:
