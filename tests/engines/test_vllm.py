@@ -1,5 +1,7 @@
 """The vLLM engine without vLLM: what is pure, and the rest over a stand-in. With it: tests/contract/test_engine_protocol.py."""
 
+import signal
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -203,6 +205,23 @@ def test_the_check_fills_all_slots(adapters: int, vllm_engine: Make) -> None:
     """An adapter in the last slot is what rows of the base would be answered with."""
     _, fake = vllm_engine(adapters=adapters)
     assert fake.made[0].arguments.max_loras == min(adapters, 8) == len(fake.made[0].removed)
+
+
+def test_processes_of_vllm_end_with_the_worker() -> None:
+    """Also when that is killed, and though they look after nobody: they would keep a GPU's memory."""
+    code = (
+        "import os, subprocess, time; from tunewright.engines.vllm import prepare_process; prepare_process(1);"
+        "child = subprocess.Popen(['sleep', '600']);"
+        "print(child.pid, os.environ['VLLM_WORKER_MULTIPROC_METHOD'], flush=True); time.sleep(600)"
+    )
+    worker = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, start_new_session=True)
+    with worker:
+        assert worker.stdout is not None
+        pid, method = worker.stdout.readline().split()
+        assert method == "spawn" and Path(f"/proc/{pid}").exists()
+        worker.kill()
+        assert worker.wait(10) == -signal.SIGKILL
+    wait_until(lambda: not Path(f"/proc/{pid}").exists() or "(sleep) Z" in Path(f"/proc/{pid}/stat").read_text())
 
 
 def test_leaving_ends_the_work(vllm_engine: Make, adapters: list[Path]) -> None:

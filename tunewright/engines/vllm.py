@@ -8,7 +8,9 @@ prompts (a burst of them once killed it), echoes, its own tokenizer, code or gen
 import asyncio
 import importlib
 import logging
+import os
 import shutil
+import subprocess
 import sys
 import threading
 from collections import Counter
@@ -52,6 +54,8 @@ _MOST_LORAS_IN_A_STEP = 8
 _CHECK_TOKENS = 6
 _CHECK_ROUNDS = 2
 _log = logging.getLogger(__name__)
+_guard: "subprocess.Popen[bytes] | None" = None
+"""Its input closes with this process."""
 
 
 class VllmEngine:
@@ -400,6 +404,22 @@ class VllmEngine:
             lora, _ = self._loras.pop(key)
             await self._engine.remove_lora(lora.lora_int_id)
             shutil.rmtree(self._folder / key.sha256, ignore_errors=True)
+
+
+def prepare_process(threads: int) -> None:
+    """To be called once in the worker's process, before vLLM is imported.
+
+    vLLM's own processes outlive a killed one that started them, and hold its memory for good: a shell that notices the end of
+    this process ends the whole group. Without a group of its own (a start by hand) there is none.
+    """
+    global _guard
+    # The worker has threads: a copy of it by fork, which is vLLM's way on GPUs, may have their locks held for ever.
+    os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
+    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # else two workers share the first core
+    if threads:
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+    if os.getpgrp() == os.getpid():
+        _guard = subprocess.Popen(["/bin/sh", "-c", "trap '' TERM INT HUP; read _; kill -9 0"], stdin=subprocess.PIPE)
 
 
 def sampling_values(request: Generate) -> dict[str, Any]:

@@ -126,8 +126,9 @@ def _build_engine(spec: WorkerSpec, worker_folder: Path) -> "Engine | VllmEngine
 
 
 def _build_vllm(spec: WorkerSpec, worker_folder: Path) -> "VllmEngine":
-    from tunewright.engines.vllm import VllmEngine
+    from tunewright.engines.vllm import VllmEngine, prepare_process
 
+    prepare_process(spec.threads)
     _verify(spec)
     renderer = Renderer(Path(spec.base_path))
     _check_renderer(renderer, spec)
