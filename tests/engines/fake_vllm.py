@@ -54,6 +54,9 @@ class AsyncEngineArgs:
     scheduling_policy: str
     disable_log_stats: bool
     enable_log_requests: bool
+    dtype: str = "auto"
+    enforce_eager: bool = False
+    kv_cache_memory_bytes: int | None = None
     enable_lora: bool = False
     max_loras: int = 1
     max_cpu_loras: int | None = None
@@ -145,6 +148,7 @@ class FakeVllm:
 
     version: str = "0.32.0"
     mixes: bool = False
+    device_type: str = "cuda"
     made: list[AsyncLLM] = field(default_factory=list)
 
     def modules(self) -> dict[str, ModuleType]:
@@ -166,6 +170,7 @@ class FakeVllm:
             "vllm": module(
                 "vllm", __version__=self.version, AsyncEngineArgs=AsyncEngineArgs, SamplingParams=SamplingParams
             ),
+            "vllm.platforms": module("vllm.platforms", current_platform=SimpleNamespace(device_type=self.device_type)),
             "vllm.v1.engine.async_llm": module("vllm.v1.engine.async_llm", AsyncLLM=Llm),
             "vllm.lora.request": module("vllm.lora.request", LoRARequest=LoRARequest),
             "vllm.sampling_params": module(

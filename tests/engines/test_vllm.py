@@ -133,8 +133,10 @@ Make = Callable[..., tuple[VllmEngine, FakeVllm]]
 def vllm_engine(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Make]:
     made: list[VllmEngine] = []
 
-    def make(version: str = "0.32.0", mixes: bool = False, **spec: object) -> tuple[VllmEngine, FakeVllm]:
-        fake = FakeVllm(version, mixes)
+    def make(
+        version: str = "0.32.0", mixes: bool = False, device_type: str = "cuda", **spec: object
+    ) -> tuple[VllmEngine, FakeVllm]:
+        fake = FakeVllm(version, mixes, device_type)
         for name, module in fake.modules().items():
             monkeypatch.setitem(sys.modules, name, module)
         engine = VllmEngine(worker_spec(tiny_base, engine="vllm", **spec), Renderer(tiny_base), tmp_path / "worker")
@@ -205,6 +207,18 @@ def test_the_check_fills_all_slots(adapters: int, vllm_engine: Make) -> None:
     """An adapter in the last slot is what rows of the base would be answered with."""
     _, fake = vllm_engine(adapters=adapters)
     assert fake.made[0].arguments.max_loras == min(adapters, 8) == len(fake.made[0].removed)
+
+
+def test_a_processor_is_asked_for_little(vllm_engine: Make) -> None:
+    """Without it vLLM takes nine tenths of the memory and half an hour to compile, and computes in emulated 16 bits."""
+    found = []
+    for device_type, precision in (("cpu", "auto"), ("cpu", "bfloat16"), ("cuda", "auto"), ("cuda", "float32")):
+        _, fake = vllm_engine(device_type=device_type, precision=precision, weights_path=None)
+        arguments = fake.made[0].arguments
+        found.append((arguments.dtype, arguments.enforce_eager, arguments.kv_cache_memory_bytes))
+    assert found == [
+        ("float32", True, 2**30), ("bfloat16", True, 2**30), ("auto", False, None), ("float32", False, None),
+    ]  # fmt: skip
 
 
 def test_processes_of_vllm_end_with_the_worker() -> None:

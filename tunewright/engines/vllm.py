@@ -51,6 +51,8 @@ VERSION = "0.32.0"
 MAX_RANK = 64
 """Larger ones would cost memory for every adapter; they are for our own engine."""
 _MOST_LORAS_IN_A_STEP = 8
+_KEYS_AND_VALUES_BYTES = 2**30
+"""On a processor, which is for trying it out."""
 _CHECK_TOKENS = 6
 _CHECK_ROUNDS = 2
 _log = logging.getLogger(__name__)
@@ -195,14 +197,18 @@ class VllmEngine:
     async def _begin(self) -> None:
         spec = self._spec
         own = spec.weights_path is not None
+        processor = importlib.import_module("vllm.platforms").current_platform.device_type == "cpu"
         adapters = {} if own else {
             "enable_lora": True,
             "max_loras": self._loras_in_a_step,
             "max_cpu_loras": spec.adapters,
             "max_lora_rank": MAX_RANK,
         }  # fmt: skip
+        # Compiling takes a processor half an hour, and vLLM would take nine tenths of the machine's memory.
+        sparing = {"enforce_eager": True, "kv_cache_memory_bytes": _KEYS_AND_VALUES_BYTES} if processor else {}
         arguments = self._vllm.AsyncEngineArgs(
             model=str(self._model),
+            dtype=number_format(spec.precision, processor=processor),
             skip_tokenizer_init=True,
             trust_remote_code=False,
             load_format="safetensors",
@@ -216,6 +222,7 @@ class VllmEngine:
             disable_log_stats=True,
             enable_log_requests=False,
             **adapters,
+            **sparing,
         )
         engine_class = importlib.import_module("vllm.v1.engine.async_llm").AsyncLLM
         self._engine = engine_class.from_engine_args(arguments)
@@ -420,6 +427,13 @@ def prepare_process(threads: int) -> None:
         os.environ["OMP_NUM_THREADS"] = str(threads)
     if os.getpgrp() == os.getpid():
         _guard = subprocess.Popen(["/bin/sh", "-c", "trap '' TERM INT HUP; read _; kill -9 0"], stdin=subprocess.PIPE)
+
+
+def number_format(precision: str, *, processor: bool) -> str:
+    """A setting of `TUNEWRIGHT_ENGINE_PRECISION` in vLLM's words; its `auto` is the model's format, but 16 bits for one in 32."""
+    if precision in ("float32", "bfloat16"):
+        return precision
+    return "float32" if processor else "auto"
 
 
 def sampling_values(request: Generate) -> dict[str, Any]:
