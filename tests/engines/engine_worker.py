@@ -64,12 +64,12 @@ class WorkerRun:
         self.start_s = 0.0
         self.process: subprocess.Popen[bytes] | None = None
 
-    def start(self, limit_s: float = 60.0) -> "WorkerRun":
+    def start(self, limit_s: float = 60.0, **environment: str) -> "WorkerRun":
         began = time.monotonic()
         with (self.folder / "log.txt").open("ab") as log:
             command = [sys.executable, "-P", "-m", "tunewright.engines.worker", str(self.folder)]
-            environment = {**os.environ, **LARGE_PAGES}
-            self.process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
+            values = {**os.environ, **LARGE_PAGES, **environment}
+            self.process = subprocess.Popen(command, stdout=log, stderr=log, env=values, start_new_session=True)
         while not (self.folder / "worker.json").exists():
             if self.process.poll() is not None or time.monotonic() - began > limit_s:
                 self.kill()

@@ -32,8 +32,8 @@ def linears_of(kind: str) -> list[str]:
     return GLM_LINEARS if kind.startswith("glm") else ATTENTION_AND_MLP
 
 
-def family(kind: str, folder: Path) -> Path:
-    """Write a random model of `kind` with the tokenizer of the tiny Llama; returns `folder`."""
+def family(kind: str, folder: Path, head_dim: int = 8) -> Path:
+    """Write a random model of `kind` with the tokenizer of the tiny Llama; returns `folder`. `head_dim` is for GLMs."""
     tiny_tokenizer(folder)
     sizes: dict[str, Any] = {
         "vocab_size": 600,
@@ -50,7 +50,7 @@ def family(kind: str, folder: Path) -> Path:
     }
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = _model(kind, sizes)
+        model = _model(kind, sizes, head_dim)
         for name, parameter in model.named_parameters():
             if "norm" in name:
                 torch.nn.init.uniform_(parameter, 0.5, 1.5)
@@ -62,12 +62,12 @@ def family(kind: str, folder: Path) -> Path:
     return folder
 
 
-def _model(kind: str, sizes: dict[str, Any]) -> PreTrainedModel:
+def _model(kind: str, sizes: dict[str, Any], head_dim: int) -> PreTrainedModel:
     match kind:
         case "glm":
-            return GlmForCausalLM(GlmConfig(**sizes, head_dim=8))
+            return GlmForCausalLM(GlmConfig(**sizes, head_dim=head_dim))
         case "glm4":
-            return Glm4ForCausalLM(Glm4Config(**sizes, head_dim=8, attention_bias=True))
+            return Glm4ForCausalLM(Glm4Config(**sizes, head_dim=head_dim, attention_bias=True))
         case "qwen2":
             return Qwen2ForCausalLM(Qwen2Config(**sizes))
         case "qwen2-window":
