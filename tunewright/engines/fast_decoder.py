@@ -7,6 +7,7 @@ Shape legend: T tokens of the step, E model size, F feed-forward size, Q query h
 W tokens whose logits are wanted, V vocabulary.
 """
 
+from functools import cache
 from typing import NamedTuple
 
 import msgspec
@@ -214,9 +215,11 @@ class FastDecoder:
         turned_TAD = heads_TAD * cos_T1D
         if self._plan.in_pairs:
             return turned_TAD.addcmul_(heads_TAD.unflatten(-1, (-1, 2)).flip(-1).flatten(-2), sin_T1D)
-        half = self._plan.head_size // 2
-        turned_TAD[..., :half].addcmul_(heads_TAD[..., half:], sin_T1D[..., :half])
-        turned_TAD[..., half:].addcmul_(heads_TAD[..., :half], sin_T1D[..., half:])
+        (first, second), (low, high), (sin_low, sin_high) = (
+            each.chunk(2, dim=-1) for each in (turned_TAD, heads_TAD, sin_T1D)
+        )
+        first.addcmul_(high, sin_low)
+        second.addcmul_(low, sin_high)
         return turned_TAD
 
     def _normed(self, x_TE: torch.Tensor, norm_E: torch.Tensor | None) -> torch.Tensor:
@@ -227,8 +230,15 @@ def _rms_norm(x_TE: torch.Tensor, weight_E: torch.Tensor, eps: float) -> torch.T
     """torch has one kernel for it on GPUs; on processors it goes over the numbers five times, which three times do."""
     if x_TE.device.type != "cpu" or x_TE.dtype != torch.float32:
         return functional.rms_norm(x_TE, weight_E.shape, weight_E, eps)
-    size_T1 = torch.linalg.vector_norm(x_TE, dim=-1, keepdim=True)
-    return (x_TE * size_T1.square_().mul_(1 / len(weight_E)).add_(eps).rsqrt_()).mul_(weight_E)
+    size_T1 = torch.linalg.vector_norm(x_TE, 2, -1, True)
+    mean_T1 = torch.addcmul(_alone(eps), size_T1, size_T1, value=1 / len(weight_E))
+    return (x_TE * mean_T1.rsqrt_()).mul_(weight_E)
+
+
+@cache
+def _alone(value: float) -> torch.Tensor:
+    """A number as a tensor: to make one takes as long as to compute with it."""
+    return torch.tensor([value])
 
 
 def _joined(
