@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from tests.engines import real_vllm
 from tests.engines.adapters import Reference, make_adapter, request_values
+from tests.engines.engine_calls import expected
 from tests.engines.engine_worker import (
     SECRET,
     WorkerRun,
@@ -21,16 +23,16 @@ from tests.engines.engine_worker import (
 )
 from tests.engines.families import family, linears_of
 from tunewright.deployments.ports import Done, Proof, Prove, State, TokenScore, TokenText, Trouble, Unload
-
-NOISE = {"torch": 1e-3, "vllm": 0.3}
-"""In nats, of a token that was chosen: vLLM computes in 16 bits."""
+from tunewright.models.whole_models import seal
+from tunewright.rendering.renderer import Renderer
 
 
 class Served:
     """A GLM with adapters on its fused projections, served by one engine."""
 
     def __init__(self, engine: str, folder: Path) -> None:
-        self.noise = NOISE[engine]
+        # In nats, of a token that was chosen. On a GPU vLLM computes in 16 bits.
+        self.noise = 1e-3 if engine == "torch" or real_vllm.is_of_processors() else 0.3
         self.base = family("glm4", folder / "base", head_dim=32)  # no less is known to vLLM's attention
         self.store = folder / "store"
         self.adapters = [
@@ -69,6 +71,27 @@ def test_a_build_that_mixes_rows_up_does_not_start(tmp_path: Path) -> None:
         with pytest.raises(RuntimeError, match="exit code 78"):
             run.start(real_vllm.START_LIMIT_S)
         assert "vllm_mixes_adapters" in run.log() and "adapter 1 differs" not in run.log()
+
+
+@pytest.mark.parametrize("engine", ["torch", "vllm"])
+async def test_weights_of_its_own_need_no_adapters(engine: str, tmp_path: Path) -> None:
+    """A model with its adapter merged in is served by any build of vLLM: there is nothing to mix up."""
+    python = real_vllm.needs_vllm() if engine == "vllm" else None
+    base, model = (family("glm4", tmp_path / name, head_dim=32) for name in ("base", "model"))
+    weights = load_file(model / "model.safetensors")
+    weights["model.layers.0.mlp.down_proj.weight"] *= -1
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    own = {"weights_path": str(model), "weights_sha256": seal(model, base, "tiny")}
+    run = WorkerRun(tmp_path / "worker", worker_spec(base, engine=engine, python=python, **own))
+    try:
+        run.start(real_vllm.START_LIMIT_S)
+        text, done = await generate(run.port, prompt_ids=[5, 6, 7], max_tokens=12)
+    finally:
+        run.kill()
+    wanted, of_base = (
+        expected(Reference(folder), Renderer(base), None, [5, 6, 7], 12, frozenset()) for folder in (model, base)
+    )
+    assert (text, done.completion_tokens, done.reason) == wanted != of_base
 
 
 async def answer(

@@ -213,7 +213,7 @@ def test_a_processor_is_asked_for_little(vllm_engine: Make) -> None:
     """Without it vLLM takes nine tenths of the memory and half an hour to compile, and computes in emulated 16 bits."""
     found = []
     for device_type, precision in (("cpu", "auto"), ("cpu", "bfloat16"), ("cuda", "auto"), ("cuda", "float32")):
-        _, fake = vllm_engine(device_type=device_type, precision=precision, weights_path=None)
+        _, fake = vllm_engine(device_type=device_type, precision=precision)
         arguments = fake.made[0].arguments
         found.append((arguments.dtype, arguments.enforce_eager, arguments.kv_cache_memory_bytes))
     assert found == [
