@@ -28,7 +28,7 @@ from tunewright.deployments.ports import (
 )
 from tunewright.files_on_disk import sha256_of
 from tunewright.rendering.renderer import Renderer
-from tunewright.worker_environment import LARGE_PAGES
+from tunewright.worker_environment import LARGE_PAGES, VLLM
 
 SECRET = "s" * 64
 
@@ -68,7 +68,7 @@ class WorkerRun:
         began = time.monotonic()
         with (self.folder / "log.txt").open("ab") as log:
             command = [sys.executable, "-P", "-m", "tunewright.engines.worker", str(self.folder)]
-            values = {**os.environ, **LARGE_PAGES, **environment}
+            values = {**os.environ, **LARGE_PAGES, **VLLM, **environment}
             self.process = subprocess.Popen(command, stdout=log, stderr=log, env=values, start_new_session=True)
         while not (self.folder / "worker.json").exists():
             if self.process.poll() is not None or time.monotonic() - began > limit_s:

@@ -413,18 +413,13 @@ class VllmEngine:
             shutil.rmtree(self._folder / key.sha256, ignore_errors=True)
 
 
-def prepare_process(threads: int) -> None:
-    """To be called once in the worker's process, before vLLM is imported.
+def end_group_with_this_process() -> None:
+    """To be called once in the worker's process, before vLLM starts its own.
 
-    vLLM's own processes outlive a killed one that started them, and hold its memory for good: a shell that notices the end of
-    this process ends the whole group. Without a group of its own (a start by hand) there is none.
+    Those outlive a killed one that started them, and hold its memory for good: a shell that notices the end of this process ends
+    the whole group. Without a group of its own (a start by hand) there is none.
     """
     global _guard
-    # The worker has threads: a copy of it by fork, which is vLLM's way on GPUs, may have their locks held for ever.
-    os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
-    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # else two workers share the first core
-    if threads:
-        os.environ["OMP_NUM_THREADS"] = str(threads)
     if os.getpgrp() == os.getpid():
         _guard = subprocess.Popen(["/bin/sh", "-c", "trap '' TERM INT HUP; read _; kill -9 0"], stdin=subprocess.PIPE)
 

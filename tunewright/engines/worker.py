@@ -126,9 +126,9 @@ def _build_engine(spec: WorkerSpec, worker_folder: Path) -> "Engine | VllmEngine
 
 
 def _build_vllm(spec: WorkerSpec, worker_folder: Path) -> "VllmEngine":
-    from tunewright.engines.vllm import VllmEngine, prepare_process
+    from tunewright.engines.vllm import VllmEngine, end_group_with_this_process
 
-    prepare_process(spec.threads)
+    end_group_with_this_process()
     _verify(spec)
     renderer = Renderer(Path(spec.base_path))
     _check_renderer(renderer, spec)
