@@ -1,5 +1,6 @@
 """Products in other formats than float32: near the exact ones, alone and in company, and refused where they are not."""
 
+import gc
 import json
 import random
 import shutil
@@ -147,6 +148,16 @@ def test_a_base_of_2_bytes_is_served_from_as_many(
     assert load_decoder(tmp_path / "small", CPU, 64).precision == "float32"
     layers = json.loads((tiny_base / "config.json").read_text())["num_hidden_layers"]
     assert len(made) == 4 * layers + 1
+
+
+@pytest.mark.parametrize("precision", list(NEAR))
+def test_nothing_of_the_file_stays_in_memory(precision: str, tiny_base: Path, tmp_path: Path) -> None:
+    """All of it would, for one tensor that is still held."""
+    shutil.copytree(tiny_base, tmp_path / "base")
+    decoder = load_decoder(tmp_path / "base", CPU._replace(precision=precision), 64, [list(range(30))])
+    gc.collect()
+    assert str(tmp_path) not in Path("/proc/self/maps").read_text()
+    assert decoder.precision == precision
 
 
 def test_what_is_fastest_for_exact_weights_is_measured() -> None:

@@ -34,7 +34,8 @@ def head_and_rows(weights: WeightFiles, head: str, embedding: str, products: Pro
     table_VE = weights(embedding)
     product = products.of(HEAD, table_VE if head == embedding else weight_VE)
     small_VE = _in_two_bytes(table_VE, rounded=products.precision == FLOAT16)  # nothing of the file stays mapped
-    return product, lambda ids_T: functional.embedding(ids_T, small_VE).to(weight_VE.dtype)
+    dtype = table_VE.dtype  # the function must not hold the table itself
+    return product, lambda ids_T: functional.embedding(ids_T, small_VE).to(dtype)
 
 
 def _in_two_bytes(table_VE: torch.Tensor, *, rounded: bool) -> torch.Tensor:
