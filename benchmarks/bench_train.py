@@ -71,7 +71,13 @@ def run(script: str, python: Path, request: dict[str, Any], log: Path) -> dict[s
         stderr=log.open("wb"),
         text=True,
         cwd=request["work"],
-        env={**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "PYTHONWARNINGS": "ignore"},
+        env={
+            **os.environ,
+            "OMP_NUM_THREADS": threads,
+            "MKL_NUM_THREADS": threads,
+            "OPENBLAS_NUM_THREADS": threads,
+            "PYTHONWARNINGS": "ignore",
+        },
     )
     lines = process.stdout.strip().splitlines()
     if process.returncode or not lines:

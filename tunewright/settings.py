@@ -57,6 +57,10 @@ class Settings(BaseSettings):
     )
     max_queued_jobs: int = Field(default=100, ge=1, description="Jobs of one project waiting at the same time")
     trainer_threads: int = Field(default=0, ge=0, description="Threads of a trainer; 0 measures at start")
+    trainer_products: Literal["auto", "torch", "numpy"] = Field(
+        default="auto",
+        description="Whose float32 matrix products a trainer of one thread takes; auto measures at start",
+    )
     price_per_million_tokens: float | None = Field(
         default=None, ge=0, description="What a million trained tokens cost, for estimates; empty: no price is shown"
     )

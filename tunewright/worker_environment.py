@@ -29,6 +29,12 @@ def worker_environment() -> dict[str, str]:
             "HF_HUB_OFFLINE": "1",
             "TRANSFORMERS_OFFLINE": "1",
             "TOKENIZERS_PARALLELISM": "false",
+            "OPENBLAS_NUM_THREADS": "1",  # numpy's products: no setting of ours tells them of threads
         }
         | VLLM
     )
+
+
+def numpy_has_one_thread() -> bool:
+    """Whether numpy's BLAS computes on the thread that asks alone: so it is in a worker, and where there is but one core."""
+    return os.environ.get("OPENBLAS_NUM_THREADS") == "1" or len(os.sched_getaffinity(0)) == 1

@@ -14,7 +14,7 @@ from tests.recipes.job_folder import codes, losses, next_attempt, train_here, wr
 from tests.recipes.test_text import finished
 from tests.tiny_glm import tiny_glm
 from tunewright.jobs.spec import Started, TrainingSpec
-from tunewright.recipes import computing, flattened, flex_attention, packing
+from tunewright.recipes import computing, flattened, flex_attention, packing, products
 from tunewright.recipes.computing import FLASH, FLEX, PER_CONVERSATION, Capabilities, choose_attention, choose_precision
 
 CPU = Capabilities()
@@ -126,6 +126,42 @@ def test_choices_are_told_and_kept_by_later_attempts(spec: TrainingSpec, monkeyp
     whole = train_here(write_job(Path(spec.work_folder).with_name("whole"), Path(spec.base_path), precision="bfloat16"))
     assert losses(first) | losses(second) == losses(whole)
     assert finished(second) == finished(whole)
+
+
+def test_products_are_told_and_kept_by_later_attempts(
+    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = {"numpy_products_gflop_per_s": 80.0}
+    monkeypatch.setattr(products, "faster", lambda hidden, width: (products.NUMPY, measured))
+    first = train_here(spec := write_job(tmp_path / "job", base), stop_at=2)
+    started = first[0]
+    assert isinstance(started, Started) and started.choices["products"] == products.NUMPY
+    assert started.choices["measured"].items() >= measured.items()
+
+    monkeypatch.setattr(products, "faster", lambda hidden, width: (products.TORCH, {}))  # another mood of the machine
+    second = train_here(next_attempt(spec))
+    whole = train_here(write_job(tmp_path / "whole", base, products=products.NUMPY))
+    assert losses(first) | losses(second) == losses(whole)
+    assert finished(second) == finished(whole)
+    torchs = train_here(write_job(tmp_path / "torchs", base))
+    assert list(losses(torchs).values()) == pytest.approx(list(losses(whole).values()), rel=1e-5)
+
+    two = train_here(write_job(tmp_path / "two", base, products=products.NUMPY, threads=2, n_epochs=1))[0]
+    assert isinstance(two, Started) and two.choices["products"] == products.TORCH  # numpy's would run on one
+    torch.set_num_threads(1)
+
+
+def test_products_that_numpy_does_not_make(spec: TrainingSpec) -> None:
+    def unasked(hidden: int, width: int) -> tuple[str, dict[str, float]]:
+        raise AssertionError
+
+    for config, precision, machine in (
+        (LLAMA, "bfloat16", CPU),
+        (LLAMA, "float32", GPU),
+        (LLAMA | {"model_type": "glm4"}, "float32", CPU),
+        ({}, "float32", CPU),
+    ):
+        assert computing.choose_products(spec, config, precision, machine, unasked) == (products.TORCH, {})
 
 
 @pytest.mark.parametrize("kind", ["llama", "glm4_moe"])

@@ -19,6 +19,7 @@ from tunewright.recipes import (
     flattened,
     full_weights,
     packing,
+    products,
 )
 from tunewright.recipes.base_model import load_model
 
@@ -54,15 +55,18 @@ def test_nothing_lies_in_the_mapped_file_of_the_base_any_more(tmp_path: Path, ba
     assert str(own) not in Path("/proc/self/maps").read_text("ascii", "replace")
 
 
+@pytest.mark.parametrize("whose", [products.TORCH, products.NUMPY])
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("training_type", ["lora", "full"])
 def test_loss_and_every_gradient_are_those_of_the_plain_modules(
-    base: Path, flat: packing.Flat, training_type: str, checkpointing: bool
+    base: Path, flat: packing.Flat, training_type: str, checkpointing: bool, whose: str
 ) -> None:
     model = trained(load_model(base, torch.float32), training_type)
     loss, expected = gradients(model, flat)
     assert fast_layers.speed_up(model, torch.float32, checkpointing=checkpointing)
+    products.use(whose)
     fast_loss, found = gradients(model, flat)
+    products.use(products.TORCH)
     assert abs(fast_loss - loss) < 1e-5
     assert found.keys() == expected.keys() and len(found) == (28 if training_type == "lora" else 20)
     for name, gradient in found.items():

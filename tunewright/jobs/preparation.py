@@ -103,6 +103,7 @@ class Preparation:
             hyperparameters=msgspec.convert(job.hyperparameters, Hyperparameters),
             seed=job.seed,
             threads=self._settings.trainer_threads,
+            products=self._settings.trainer_products,
             checkpoint_every_s=self._settings.checkpoint_every_s,
             halve_micro_batch=self._memory_ran_out(job),
             on_corrupt=self._settings.on_corrupt,

@@ -107,6 +107,8 @@ class TrainingSpec(msgspec.Struct, frozen=True, kw_only=True):
     seed: int
     threads: int
     """0 lets the trainer measure how many are best."""
+    products: str = "auto"
+    """Whose matrix products: `torch` or `numpy`; `auto` lets the trainer measure which are faster."""
     memory_limit_bytes: int = 0
     """What the trainer may take in all; 0 lets it look at what is free."""
     checkpoint_every_s: float

@@ -1,4 +1,5 @@
-"""How a training is computed: device, precision, attention, checkpointing, micro-batch. Measured and chosen at its start.
+"""How a training is computed: device, precision, products, attention, checkpointing, micro-batch. Measured and chosen at its
+start.
 
 What was chosen lies in `computing.json` of the job's folder and stays for the job's life, so that a resumed training makes the
 same numbers. The job's hyperparameters win over every choice.
@@ -17,8 +18,9 @@ import torch
 
 from tunewright.clock import thread_cpu_s
 from tunewright.files_on_disk import write_atomically
-from tunewright.jobs.memory_estimate import MICRO_BATCH_TOKENS, MemoryPlan, choose_plan, sizes_of
+from tunewright.jobs.memory_estimate import MICRO_BATCH_TOKENS, MemoryPlan, Sizes, choose_plan, sizes_of
 from tunewright.jobs.spec import COMPUTING, TrainingSpec
+from tunewright.recipes import products
 
 PER_CONVERSATION, FLEX, FLASH = "per_conversation", "flex_attention", "flash_attention_2"
 _WORTHWHILE = 1.3
@@ -48,6 +50,8 @@ class Computing:
     micro_batch_tokens: int
     fits: bool
     figures: dict[str, float]
+    products: str = products.TORCH
+    """Whose matrix products layers by hand take in a training of one thread."""
     halved: bool = False
     """Whether memory ran out once, and the micro-batch is half of what was chosen."""
 
@@ -93,6 +97,7 @@ def choose(spec: TrainingSpec, longest_row: int, machine: Capabilities) -> Compu
         return kept.with_half_the_micro_batch().kept_in(folder) if spec.halve_micro_batch and not kept.halved else kept
     config = json.loads((Path(spec.base_path) / "config.json").read_bytes())
     precision, figures = choose_precision(spec, config, machine)
+    whose, of_products = choose_products(spec, config, precision, machine)
     plan, allowed_bytes = _plan(spec, config, precision, longest_row, machine)
     wanted = spec.hyperparameters
     chosen = Computing(
@@ -102,7 +107,9 @@ def choose(spec: TrainingSpec, longest_row: int, machine: Capabilities) -> Compu
         activation_checkpointing=plan.activation_checkpointing if plan else wanted.activation_checkpointing == "on",
         micro_batch_tokens=plan.micro_batch_tokens if plan else wanted.micro_batch_tokens or MICRO_BATCH_TOKENS,
         fits=plan is None or plan.fits,
+        products=whose,
         figures=figures
+        | of_products
         | ({"memory_estimate_gb": round(plan.estimate.total / 1e9, 2)} if plan else {})
         | {"memory_allowed_gb": round(allowed_bytes / 1e9, 2)},
     )
@@ -129,10 +136,7 @@ def choose_precision(
     keep a young adapter's change from being lost in rounding.
     """
     wanted = spec.hyperparameters.precision
-    try:
-        sizes = sizes_of(config)
-    except (KeyError, TypeError, ValueError):
-        sizes = None
+    sizes = _sizes(config)
     by_hand = sizes is not None and sizes.fast and not machine.cuda
     if spec.training_type == "full" and not by_hand:
         return "float32", {}  # weights of bfloat16 would lose small updates; only layers by hand keep them apart
@@ -146,6 +150,30 @@ def choose_precision(
     faster = found["bfloat16"] >= _WORTHWHILE * found["float32"]
     figures = {f"{name}_gflop_per_s": round(speed, 1) for name, speed in found.items()}
     return "bfloat16" if faster else "float32", figures
+
+
+def choose_products(
+    spec: TrainingSpec,
+    config: dict[str, Any],
+    precision: str,
+    machine: Capabilities,
+    faster: Callable[[int, int], tuple[str, dict[str, float]]] | None = None,
+) -> tuple[str, dict[str, float]]:
+    """(whose matrix products; GFLOP/s of each, where they were measured): the faster ones for layers by hand in float32."""
+    sizes = _sizes(config)
+    if machine.cuda or precision != "float32" or sizes is None or not sizes.fast:
+        return products.TORCH, {}
+    if spec.products != "auto":
+        return spec.products, {}
+    return (faster or products.faster)(sizes.hidden, sizes.mlp_width)
+
+
+def _sizes(config: dict[str, Any]) -> Sizes | None:
+    """None if the config tells too little."""
+    try:
+        return sizes_of(config)
+    except (KeyError, TypeError, ValueError):
+        return None
 
 
 def matmul_speeds(hidden: int, width: int) -> dict[str, float]:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
+from tunewright.recipes.products import product
+
 _QUERIES_AT_ONCE = 192
 """Rows of a block, per head: fewer waste less above the diagonal, more keep a matrix product busy."""
 
@@ -98,7 +100,7 @@ def attend(
     for block in blocks:
         begin, end = block.begin, block.end
         probabilities = _probabilities(query_HTD, key_KTD, block)
-        taken = torch.bmm(probabilities, _take(value_KTD, block.keys))
+        taken = product(probabilities, _take(value_KTD, block.keys))
         out_TKGD[begin:end] = taken.view(n_kv, -1, end - begin, size).permute(2, 0, 1, 3)
         room -= (end - begin) * block.n_keys
         kept.append(probabilities if room >= 0 else None)
@@ -125,17 +127,17 @@ def attend_backward(
         probabilities = _probabilities(query_HTD, key_KTD, block) if found is None else found
         keys, values = _take(key_KTD, block.keys), _take(value_KTD, block.keys)
         rows, row_gradient = _rows(query_HTD[:, begin:end], n_kv), _rows(gradient_HTD[:, begin:end], n_kv)
-        _add(value_gradient, block.keys, torch.bmm(probabilities.transpose(1, 2), row_gradient))
-        scores = torch.bmm(row_gradient, values.transpose(1, 2))
+        _add(value_gradient, block.keys, product(probabilities.transpose(1, 2), row_gradient))
+        scores = product(row_gradient, values.transpose(1, 2))
         scores = torch.ops.aten._softmax_backward_data(scores, probabilities, -1, scores.dtype)
-        query_gradient[:, begin:end] = torch.bmm(scores, keys).view(n_heads, end - begin, size)
-        _add(key_gradient, block.keys, torch.bmm(scores.transpose(1, 2), rows))
+        query_gradient[:, begin:end] = product(scores, keys).view(n_heads, end - begin, size)
+        _add(key_gradient, block.keys, product(scores.transpose(1, 2), rows))
     return query_gradient, key_gradient, value_gradient
 
 
 def _probabilities(query_HTD: torch.Tensor, key_KTD: torch.Tensor, block: Block) -> torch.Tensor:
     rows = _rows(query_HTD[:, block.begin : block.end], len(key_KTD))
-    scores = torch.bmm(rows, _take(key_KTD, block.keys).transpose(1, 2))
+    scores = product(rows, _take(key_KTD, block.keys).transpose(1, 2))
     _hide_later(scores, block.end - block.begin)
     return torch.softmax(scores, -1)
 

@@ -22,6 +22,7 @@ from tunewright.recipes import fast_layers
 from tunewright.recipes.computing import FLASH, FLEX, PER_CONVERSATION
 from tunewright.recipes.flex_attention import attend_flex
 from tunewright.recipes.packing import Flat
+from tunewright.recipes.products import product
 
 ATTENTION = "tunewright_per_conversation"
 IMPLEMENTATIONS = {PER_CONVERSATION: ATTENTION, FLEX: "tunewright_flex", FLASH: "flash_attention_2"}
@@ -115,10 +116,10 @@ class _CrossEntropies(torch.autograd.Function):
         for start in range(0, len(labels), LABELS_AT_ONCE):
             part = slice(start, start + LABELS_AT_ONCE)
             wanted = labels[part, None]
-            losses[part], right[part], error = _score(hidden[part].to(head.dtype) @ head.t(), wanted)
+            losses[part], right[part], error = _score(product(hidden[part].to(head.dtype), head.t()), wanted)
             if gradient is not None:
                 error.scatter_add_(-1, wanted, torch.full_like(wanted, -1, dtype=error.dtype))
-                torch.mm(error.to(head.dtype), head, out=gradient[part])
+                product(error.to(head.dtype), head, out=gradient[part])
         ctx.dtype = hidden.dtype
         ctx.save_for_backward(gradient)
         ctx.mark_non_differentiable(right)
@@ -138,7 +139,7 @@ class _TrainedCrossEntropies(torch.autograd.Function):
     def forward(ctx: Any, hidden: torch.Tensor, head: torch.Tensor, labels: torch.Tensor, dtype: torch.dtype) -> Any:
         compute = head.to(dtype)
         parts = zip(hidden.split(LABELS_AT_ONCE), labels[:, None].split(LABELS_AT_ONCE), strict=True)
-        found = [_score(states.to(dtype) @ compute.t(), wanted)[:2] for states, wanted in parts]
+        found = [_score(product(states.to(dtype), compute.t()), wanted)[:2] for states, wanted in parts]
         ctx.save_for_backward(hidden, head, labels)
         ctx.dtype = dtype
         right = torch.cat([right for _, right in found])
@@ -152,14 +153,14 @@ class _TrainedCrossEntropies(torch.autograd.Function):
         for start in range(0, len(labels), LABELS_AT_ONCE):
             part = slice(start, start + LABELS_AT_ONCE)
             states, wanted = hidden[part].to(ctx.dtype), labels[part, None]
-            _, _, error = _score(states @ compute.t(), wanted)
+            _, _, error = _score(product(states, compute.t()), wanted)
             error.scatter_add_(-1, wanted, torch.full_like(wanted, -1, dtype=error.dtype))
             error = error.mul_(gradients[0][part, None]).to(ctx.dtype)
-            of_hidden[part] = error @ compute
+            of_hidden[part] = product(error, compute)
             if ctx.dtype == torch.float32:
                 of_head.addmm_(error.t(), states)
             else:
-                of_head += error.t() @ states
+                of_head += product(error.t(), states)
         return of_hidden, of_head, None, None
 
 

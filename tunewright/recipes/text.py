@@ -34,6 +34,7 @@ from tunewright.recipes import (
     full_weights,
     job_rows,
     packing,
+    products,
     saving,
     schedule,
 )
@@ -84,6 +85,8 @@ class Training:
         self.total_steps = self.steps_per_epoch * self.wanted.n_epochs
         self.computing = computing.choose(self.spec, self._longest_example(), computing.capabilities())
         self.token_budget = self.computing.micro_batch_tokens
+        self.products = self.computing.products if self.threads == 1 else products.TORCH
+        products.use(self.products)
         self._tell_of_scarce_memory()
 
         # model
@@ -160,6 +163,7 @@ class Training:
         return {
             "device": self.device.type,
             "precision": self.computing.precision,
+            "products": self.products,
             "activation_checkpointing": self.computing.activation_checkpointing,
             "micro_batch_tokens": self.token_budget,
             "attention": self.computing.attention,
