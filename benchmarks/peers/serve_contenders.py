@@ -38,6 +38,8 @@ ENGINES = (
     Engine("llamacpp", "llamacpp", "llama.cpp", "Q8_0", adapters=True),
     Engine("openvino", "openvino", "OpenVINO GenAI", "F16"),
     Engine("openvino", "openvino", "OpenVINO GenAI", "Q8_0"),
-    Engine("vllm", "vllm", "vLLM, CPU build", "float32", adapters=True),
-    Engine("vllm", "vllm", "vLLM, CPU build", "bfloat16", adapters=True),
+    # With adapters vLLM's CPU build never compiles; for the base it takes up to half an hour.
+    Engine("vllm", "vllm", "vLLM, CPU build, not compiled", "float32", adapters=True, kind="eager"),
+    Engine("vllm", "vllm", "vLLM, CPU build, compiled", "float32"),
+    Engine("vllm", "vllm", "vLLM, CPU build, not compiled", "bfloat16", adapters=True, kind="eager"),
 )

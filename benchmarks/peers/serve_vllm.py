@@ -18,7 +18,7 @@ asked = serving.request()
 lora = {"enable_lora": True, "max_loras": len(asked.adapters), "max_lora_rank": 16} if asked.adapters else {}
 engine = LLM(
     model=asked.model, dtype=asked.weights, max_model_len=asked.context_tokens, max_num_seqs=asked.most,
-    enable_prefix_caching=False, **lora,
+    enable_prefix_caching=False, enforce_eager=asked.kind == "eager", **lora,
 ).llm_engine  # fmt: skip
 adapters = [LoRARequest(f"a{i}", i + 1, path) for i, path in enumerate(asked.adapters)]
 answered = 0
