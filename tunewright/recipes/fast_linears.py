@@ -38,7 +38,7 @@ class Linears:
         if not self.adapted:
             return LinearsNow(self, self._current_copy(), None, None)
         down = torch.cat([down.detach() for down in self.down]).to(self.dtype)
-        up = torch.block_diag(*[up.detach() for up in self.up]).mul_(self.scale).to(self.dtype)
+        up = [(up.detach() * self.scale).to(self.dtype) for up in self.up]
         return LinearsNow(self, self.weight, down, up)
 
     def _current_copy(self) -> torch.Tensor:
@@ -55,11 +55,12 @@ class LinearsNow:
     """One pass forward and backward through them. Shapes: inputs (T, in), outputs (T, sum of widths), R the sum of ranks."""
 
     def __init__(
-        self, linears: Linears, weight: torch.Tensor, down_RC: torch.Tensor | None, up_WR: torch.Tensor | None
+        self, linears: Linears, weight: torch.Tensor, down_RC: torch.Tensor | None, up: list[torch.Tensor] | None
     ) -> None:
+        """`up` are the B of each layer, (its width, its rank)."""
         self.linears = linears
         self.weight = weight
-        self.down, self.up = down_RC, up_WR
+        self.down, self.up = down_RC, up
 
     def forward(self, inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(outputs; what the A made of the inputs, (T, R), for `backward`)."""
@@ -67,16 +68,19 @@ class LinearsNow:
             return product(inputs, self.weight.t()), None
         inner = product(inputs, self.down.t())
         if self.linears.dtype == torch.float32:
-            return product(inputs, self.weight.t()).addmm_(inner, self.up.t()), inner
+            outputs = product(inputs, self.weight.t())
+            for part, inner_part, up in zip(self._by_layer(outputs), self._by_rank(inner), self.up, strict=True):
+                part.addmm_(inner_part, up.t())
+            return outputs, inner
         # One product, so that it is rounded once: a young adapter's change is less than half of the last place of a bfloat16
         # sum, and added to a rounded one it is lost each time. Together they are right on average.
-        return torch.cat([inputs, inner], 1) @ torch.cat([self.weight, self.up], 1).t(), inner
+        return torch.cat([inputs, inner], 1) @ torch.cat([self.weight, torch.block_diag(*self.up)], 1).t(), inner
 
     def backward(
         self, inputs: torch.Tensor, inner: torch.Tensor | None, gradient: torch.Tensor
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """(gradient of the inputs; gradients of `Linears.parameters`). `inner` None is made again."""
-        inner_gradient = None if self.up is None else product(gradient, self.up)
+        inner_gradient = None if self.up is None else self._inner_gradient(gradient, self.up)
         made = product(gradient, self.weight)
         if inner_gradient is not None and self.down is not None:
             made.addmm_(inner_gradient, self.down)
@@ -93,13 +97,21 @@ class LinearsNow:
         if self.down is None or self.up is None:
             return list(product(gradient.t(), inputs).split(self.linears.widths))
         inner = product(inputs, self.down.t()) if inner is None else inner
-        inner_gradient = product(gradient, self.up) if inner_gradient is None else inner_gradient
+        inner_gradient = self._inner_gradient(gradient, self.up) if inner_gradient is None else inner_gradient
         of_down = product(inner_gradient.t(), inputs).split(self.linears.ranks)
-        of_up = (
-            product(inner.t(), gradient).t().float().mul_(self.linears.scale)
-        )  # twice as fast as the other way round
-        parts, row, column = [], 0, 0
-        for width, rank in zip(self.linears.widths, self.linears.ranks, strict=True):
-            parts.append(of_up[row : row + width, column : column + rank].contiguous())
-            row, column = row + width, column + rank
-        return [part.float() for part in of_down] + parts
+        of_up = [
+            # twice as fast as the other way round
+            product(inner_part.t(), part).t().float().mul_(self.linears.scale).contiguous()
+            for part, inner_part in zip(self._by_layer(gradient), self._by_rank(inner), strict=True)
+        ]
+        return [part.float() for part in of_down] + of_up
+
+    def _inner_gradient(self, gradient: torch.Tensor, up: list[torch.Tensor]) -> torch.Tensor:
+        parts = zip(self._by_layer(gradient), up, strict=True)
+        return torch.cat([product(part, up_of_part) for part, up_of_part in parts], 1)
+
+    def _by_layer(self, outputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return outputs.split(self.linears.widths, 1)
+
+    def _by_rank(self, inner: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return inner.split(self.linears.ranks, 1)
