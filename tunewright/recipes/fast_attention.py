@@ -14,7 +14,7 @@ import torch
 
 from tunewright.recipes.products import product
 
-_QUERIES_AT_ONCE = 192
+_QUERIES_AT_ONCE = 96
 """Rows of a block, per head: fewer waste less above the diagonal, more keep a matrix product busy."""
 
 Probabilities = list[torch.Tensor | None]
