@@ -15,6 +15,9 @@ from tests.tiny_models import CHATML
 from tunewright.errors import Misconfigured, StorageFull
 from tunewright.models.gguf_conversion import convert_gguf
 
+QUANTISED = "model.layers.0.mlp.up_proj.weight"
+"""The one matrix that the tiny file has in Q8_0."""
+
 
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -28,9 +31,11 @@ def test_weights_come_back_in_hugging_face_order(converted: Path) -> None:
     found, expected = load_file(converted / "model.safetensors"), tiny_weights()
     assert found.keys() == expected.keys()
     for name, weight in expected.items():
-        if name == "model.layers.0.mlp.up_proj.weight":  # the Q8_0 one
+        if name == QUANTISED:
+            assert found[name].dtype == np.float16
             assert 0 < np.abs(found[name] - weight).max() < 0.01
         else:
+            assert found[name].dtype == np.float32
             np.testing.assert_array_equal(found[name], weight)
 
 
@@ -75,6 +80,8 @@ def test_logits_are_those_of_transformers_own_loader(converted: Path, tmp_path: 
     ours = AutoModelForCausalLM.from_pretrained(converted)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="tiny.gguf", dtype=torch.float32)
     assert ours.dtype == torch.float32
+    rounded = theirs.get_parameter(QUANTISED)
+    rounded.data = rounded.half().float()
     # Their loader leaves pad and the like alone, but the numbers that decide the logits must be the same.
     for key in ("rope_parameters", "rms_norm_eps", "num_key_value_heads", "tie_word_embeddings"):
         assert getattr(ours.config, key) == pytest.approx(getattr(theirs.config, key))

