@@ -172,8 +172,11 @@ def test_r21_when_all_are_dead_callers_are_told_at_once(server: LiveServer, pair
             assert answer.status_code == 503 and answer.headers["retry-after"] == "1", answer.text
             assert answer.json()["error"]["code"] in ("instance_not_ready", "engine_lost")
             time.sleep(0.1)
+    print("refused after", sorted(round(each, 2) for each in refused)[-5:], "of", len(refused))
     assert status == 200 and refused
-    assert sorted(refused)[len(refused) // 2] < 2 and max(refused) < 10, "nobody hangs"
+    assert sorted(refused)[len(refused) * 9 // 10] < 1 and max(refused) < 10, (
+        "nobody hangs; a busy machine may stall once"
+    )
     wait_for(server, pair, ready)
 
 
