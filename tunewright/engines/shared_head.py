@@ -31,8 +31,8 @@ def head_and_rows(weights: WeightFiles, head: str, embedding: str, products: Pro
         if rows is not None:
             pointwise = torch.ops.mkldnn._linear_pointwise
             return lambda x_TE: pointwise(x_TE, packed, None, "none", [], ""), rows
-    table_VE = weights(embedding)
-    product = products.of(HEAD, table_VE if head == embedding else weight_VE)
+    table_VE = weight_VE if head == embedding else weights(embedding)
+    product = products.of(HEAD, weight_VE)
     small_VE = _in_two_bytes(table_VE, rounded=products.precision == FLOAT16)  # nothing of the file stays mapped
     dtype = table_VE.dtype  # the function must not hold the table itself
     return product, lambda ids_T: functional.embedding(ids_T, small_VE).to(dtype)
