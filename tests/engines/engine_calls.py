@@ -78,7 +78,7 @@ def expected(
     return text, len(tokens), "stop" if stopped else "length"
 
 
-def wait_until(condition: Any, limit_s: float = 10.0) -> None:
+def wait_until(condition: Any, limit_s: float = 60.0) -> None:
     end = time.monotonic() + limit_s
     while not condition():
         assert time.monotonic() < end

@@ -82,7 +82,7 @@ class WorkerRun:
     def log(self) -> str:
         return (self.folder / "log.txt").read_text()
 
-    def terminate(self, limit_s: float = 5.0) -> int:
+    def terminate(self, limit_s: float = 60.0) -> int:
         """SIGTERM; returns the exit code."""
         if self.process is None:
             raise RuntimeError("not started")

@@ -72,6 +72,8 @@ class LoRARequest:
 
 class AsyncLLM:
     mixes = False
+    pause_s = 0.001
+    """Before each token."""
 
     def __init__(self, arguments: AsyncEngineArgs) -> None:
         assert not arguments.trust_remote_code and arguments.load_format == "safetensors"
@@ -120,7 +122,7 @@ class AsyncLLM:
         try:
             ids = list(prompt["prompt_token_ids"])
             for _ in range(sampling_params.max_tokens or 0):
-                await asyncio.sleep(0.001)
+                await asyncio.sleep(self.pause_s)
                 lora = self._slots[-1] if self.mixes and lora_request is None else lora_request
                 path = None if lora is None else Path(lora.lora_path)
                 logprobs_V = self._reference.logits(path, ids)[-1].log_softmax(-1)

@@ -1,6 +1,8 @@
 """Requests that somebody waits for are not held up by those that nobody does."""
 
+import queue
 import random
+import threading
 import time
 from pathlib import Path
 
@@ -9,7 +11,7 @@ import torch
 from tests.engines.adapters import Reference, request_values
 from tests.engines.engine_calls import SMALL_STEPS, Call, Factory, expected, wait_until
 from tests.engines.engine_worker import generate_request
-from tunewright.deployments.ports import Done, TokenText, Trouble
+from tunewright.deployments.ports import Done, EngineReply, TokenText, Trouble
 from tunewright.engines.batch import Batch
 from tunewright.engines.decoder import Decoder
 from tunewright.engines.kv_cache import SlotCache
@@ -17,7 +19,7 @@ from tunewright.rendering.renderer import Renderer
 
 
 class Slow:
-    """A decoder whose steps can be counted, and overtaken."""
+    """A decoder whose steps can be counted, and overtaken. It makes none while `goes_on` is not set."""
 
     def __init__(self, inner: Decoder) -> None:
         self._inner = inner
@@ -28,11 +30,15 @@ class Slow:
         self.prepare = inner.prepare
         self.states = inner.states
         self.steps = 0
+        self.pause_s = 0.005
+        self.goes_on = threading.Event()
+        self.goes_on.set()
         self.shapes: list[tuple[int, int]] = []
         """Of each step, how many rows decoded and how many prompts were read."""
 
     def logits(self, batch: Batch, cache: SlotCache) -> torch.Tensor:
-        time.sleep(0.005)
+        assert self.goes_on.wait(60)
+        time.sleep(self.pause_s)
         self.steps += 1
         self.shapes.append((len(batch.lengths), len(batch.chunks)))
         return self._inner.logits(batch, cache)
@@ -68,15 +74,21 @@ def test_an_urgent_request_waits_for_one_step_at_most(
     for _ in range(6):
         time.sleep(rng.random() * 0.1)
         wanted = prompt()
+        request = generate_request(prompt_ids=wanted, max_tokens=3, stop_ids=[0, 2])
+        replies: queue.SimpleQueue[tuple[EngineReply, int]] = queue.SimpleQueue()
+        # Steps are counted by the thread that makes them: this one may be woken late.
         before = slow.steps
-        call = Call(engine, generate_request(prompt_ids=wanted, max_tokens=3, stop_ids=[0, 2]))
-        first = call.replies.get(timeout=60)
-        taken = slow.steps - before
-        if isinstance(first, TokenText):  # one step may have been under way, and one more begun before we looked
-            call.text = first.text
-            assert taken <= STEPS_ALONE + 2
-            assert isinstance(call.last(), Done)
-        assert call.text == expected(reference, renderer, None, wanted, 3, STOPS)[0]
+        engine.submit(request, lambda reply, replies=replies: replies.put((reply, slow.steps)))
+        late = slow.steps - before  # steps that may have ended before the request was there
+        first, at = replies.get(timeout=60)
+        text = ""
+        if isinstance(first, TokenText):  # one step may have been under way
+            text = first.text
+            assert at - before <= STEPS_ALONE + 1 + late
+            while isinstance(reply := replies.get(timeout=60)[0], TokenText):
+                text += reply.text
+            assert isinstance(reply, Done)
+        assert text == expected(reference, renderer, None, wanted, 3, STOPS)[0]
     yielded = 0
     for call, request, path in background:
         done = call.last()
@@ -100,12 +112,14 @@ def test_the_lowest_priority_begins_last(tiny_decoder: Decoder, engine_of: Facto
         request = generate_request(prompt_ids=[5] * 12, max_tokens=2, priority=priority)
         engine.submit(request, lambda reply: ends.append(priority) if isinstance(reply, Done) else None)
 
-    for priority in (2, 2, 1, 1, 2):
+    slow.goes_on.clear()
+    submit(2)
+    wait_until(lambda: engine.state().active == 1)
+    for priority in (2, 1, 1, 2):
         submit(priority)
-    deadline = time.monotonic() + 60
-    while len(ends) < 5 and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert ends[-3:] == [2, 2, 2] and sorted(ends) == [1, 1, 2, 2, 2], ends
+    slow.goes_on.set()
+    wait_until(lambda: len(ends) == 5)
+    assert ends == [2, 1, 1, 2, 2], "the first was under way"
 
 
 def test_background_answers_pause_while_an_urgent_prompt_is_read(
@@ -114,6 +128,7 @@ def test_background_answers_pause_while_an_urgent_prompt_is_read(
     """Also beside an urgent answer, which goes on."""
     rng = random.Random(4)
     slow = Slow(tiny_decoder)
+    slow.pause_s = 0.03  # all answers are under way until the last is asked for
     engine = engine_of(slow, SMALL_STEPS, slots=4, adapters=1, queue=100)
 
     def ask(n_prompt: int, n: int, priority: int) -> tuple[Call, list[int], int]:
@@ -126,6 +141,7 @@ def test_background_answers_pause_while_an_urgent_prompt_is_read(
     wait_until(lambda: (4, 0) in slow.shapes)
     seen = len(slow.shapes)
     calls.append(ask(PROMPT, 3, 0))
+    slow.pause_s = 0.0
     answers = [(call, call.last(), prompt, n) for call, prompt, n in calls]
     assert (1, 1) in slow.shapes[seen:], "one urgent row decoded while the prompt was read, and no other"
     yielded = [done.code for _, done, _, _ in answers if isinstance(done, Trouble)]
@@ -141,6 +157,7 @@ def test_an_urgent_adapter_does_not_wait_for_one_of_background(
 ) -> None:
     """There is a place for one adapter, and background work uses it."""
     slow = Slow(tiny_decoder)
+    slow.pause_s = 0.03
     engine = engine_of(slow, SMALL_STEPS, slots=4, adapters=1, queue=100)
     ours, theirs = request_values(adapters[1]), request_values(adapters[0])
     background = [
@@ -148,6 +165,7 @@ def test_an_urgent_adapter_does_not_wait_for_one_of_background(
     ]
     wait_until(lambda: (2, 0) in slow.shapes)
     urgent = Call(engine, generate_request(prompt_ids=[9, 10], max_tokens=5, **ours))
+    slow.pause_s = 0.005
     assert isinstance(urgent.last(), Done)
     assert urgent.text == expected(reference, renderer, adapters[1], [9, 10], 5, frozenset())[0]
     for call in background:

