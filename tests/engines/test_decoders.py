@@ -21,6 +21,7 @@ from tests.engines.adapters import BASE_CODE, Reference, make_adapter, request_v
 from tests.engines.families import FAST_KINDS, family, linears_of
 from tunewright.engines.adapter_files import Adapter, read_adapter
 from tunewright.engines.batch import Part, make_batch
+from tunewright.engines.decode_attention import by_numpy, by_torch
 from tunewright.engines.decoder import Decoder
 from tunewright.engines.fast_decoder import FastDecoder
 from tunewright.engines.general import GeneralDecoder
@@ -43,7 +44,7 @@ SIZES: dict[str, Any] = {
 CPU = choose_placement(cuda=False, cuda_bfloat16=False)
 
 
-@pytest.fixture(params=["general", "fast", "plain"])
+@pytest.fixture(params=["general", "fast", "plain", "numpy"])
 def decoder(request: pytest.FixtureRequest, tiny_base: Path) -> Decoder:
     model = load_model(tiny_base, CPU)
     if request.param == "general":
@@ -51,7 +52,9 @@ def decoder(request: pytest.FixtureRequest, tiny_base: Path) -> Decoder:
     weights = weights_of(tiny_base, CPU)
     plan = plan_of(model, weights)
     assert plan is not None
-    return FastDecoder(plan, weights, context_tokens=256, products=Products(plain=request.param == "plain"))
+    products = Products(plain=request.param == "plain")
+    attention = by_numpy if request.param == "numpy" else by_torch
+    return FastDecoder(plan, weights, context_tokens=256, products=products, attention=attention)
 
 
 def load(decoder: Decoder, folder: Path) -> Adapter:

@@ -16,6 +16,7 @@ import torch.nn.functional as functional
 
 from tunewright.engines.adapter_files import Pair
 from tunewright.engines.batch import Batch
+from tunewright.engines.decode_attention import Attention, by_torch
 from tunewright.engines.decode_graphs import DecodeGraphs, record_on_cuda
 from tunewright.engines.gpu_attention import attention_of
 from tunewright.engines.kv_cache import SlotCache
@@ -82,11 +83,20 @@ class _Layer(NamedTuple):
 class FastDecoder:
     """Runs the model that `plan` describes on flattened batches. Nothing of `weights` is kept as it is in the file."""
 
-    def __init__(self, plan: Plan, weights: WeightFiles, *, context_tokens: int, products: Products = _FLOAT32) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        weights: WeightFiles,
+        *,
+        context_tokens: int,
+        products: Products = _FLOAT32,
+        attention: Attention = by_torch,
+    ) -> None:
         self.device, self.dtype = weights.device, weights.dtype
         self.precision = products.precision if self.dtype == torch.float32 else str(self.dtype).removeprefix("torch.")
         self._plan = plan
         self._products = products
+        self._decode_attention = attention
         records = attention_of(torch.device(self.device), self.dtype, plan.head_size) == FLASH
         self._graphs = DecodeGraphs(self._step, record_on_cuda) if records else None
         self._norm_E: torch.Tensor = weights(NORM).clone()
@@ -208,7 +218,8 @@ class FastDecoder:
             )
         turned_TAD = self._turned(turned_TAD, cos_T1D, sin_T1D)
         cache.write(index, turned_TAD[:, n_q:], heads_TAD[:, n_q + n_kv :], batch)
-        return cache.attend(index, turned_TAD[:, :n_q], batch, self._plan.scale, layer.window).flatten(1)
+        scale, window = self._plan.scale, layer.window
+        return cache.attend(index, turned_TAD[:, :n_q], batch, scale, window, self._decode_attention).flatten(1)
 
     def _turned(self, heads_TAD: torch.Tensor, cos_T1D: torch.Tensor, sin_T1D: torch.Tensor) -> torch.Tensor:
         """Each number turned with its partner."""

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as functional
 
 from tunewright.engines.batch import Batch, Chunk, Group
+from tunewright.engines.decode_attention import Attention, by_torch
 from tunewright.engines.gpu_attention import attend_on_gpu
 
 BLOCK_TOKENS = 256
@@ -115,11 +116,17 @@ class SlotCache:
                 memory_RHCD[slot, :, offset : offset + end - start] = new_THD[start:end].transpose(0, 1)
 
     def attend(
-        self, layer: int, query_TQD: torch.Tensor, batch: Batch, scale: float | None = None, window: int | None = None
+        self,
+        layer: int,
+        query_TQD: torch.Tensor,
+        batch: Batch,
+        scale: float | None = None,
+        window: int | None = None,
+        decoding: Attention = by_torch,
     ) -> torch.Tensor:
         """Attention of the step's tokens over their own rows, after `write`.
 
-        `window` limits how far back a token sees. Returns [T, Q, D of the values].
+        `window` limits how far back a token sees; `decoding` computes it for decoding rows. Returns [T, Q, D of the values].
         """
         keys_RHCD, values_RHCD = self._keys[layer], self._values[layer]
         if query_TQD.is_cuda:
@@ -128,7 +135,7 @@ class SlotCache:
                 return found_TQD
         decoded_BQD = None
         if batch.lengths:
-            decoded_BQD = self._attend_decoding(query_TQD, keys_RHCD, values_RHCD, batch, scale, window)
+            decoded_BQD = self._attend_decoding(query_TQD, keys_RHCD, values_RHCD, batch, scale, window, decoding)
             if batch.in_order and not batch.chunks:
                 return decoded_BQD
         out_TQD = query_TQD.new_empty(*query_TQD.shape[:2], values_RHCD.shape[3])
@@ -146,18 +153,19 @@ class SlotCache:
         batch: Batch,
         scale: float | None,
         window: int | None,
+        attend: Attention,
     ) -> torch.Tensor:
         """[B, Q, D] in the order of their slots."""
         count, first = len(batch.lengths), batch.groups[0].start
         # Query heads of one key head side by side: nothing is repeated.
         query_BHGD = _decoding(query_TQD, batch).unflatten(1, (keys_RHCD.shape[1], -1))
         parts = [
-            functional.scaled_dot_product_attention(
+            attend(
                 query_BHGD[group.start - first : group.end - first],
                 keys_RHCD[group.start : group.end, :, : group.length],
                 values_RHCD[group.start : group.end, :, : group.length],
-                attn_mask=_decode_mask(batch, group, window, query_TQD),
-                scale=scale,
+                _decode_mask(batch, group, window, query_TQD),
+                scale,
             )
             for group in batch.groups
         ]

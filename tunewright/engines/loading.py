@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as functional
 
 from tunewright.engines.batch import Part, make_batch
+from tunewright.engines.decode_attention import by_torch, fastest_attention
 from tunewright.engines.decoder import Decoder
 from tunewright.engines.fast_decoder import EMBEDDING, FastDecoder, Plan
 from tunewright.engines.kv_cache import SlotCache
@@ -83,11 +84,12 @@ def _fast(
 ) -> Decoder:
     weights = WeightFiles(folder, getattr(torch, placement.dtype), placement.device)
     hidden = weights.shape(EMBEDDING)[1]
-    exact = placement.device == "cpu" and placement.precision == FLOAT32 and hidden >= _MEASURED_FROM
-    plain, half = fastest_exact(hidden) if exact else (False, False)
+    measured = placement.device == "cpu" and hidden >= _MEASURED_FROM
+    plain, half = fastest_exact(hidden) if measured and placement.precision == FLOAT32 else (False, False)
     products = Products(placement.precision, largest, plain, half)
     with torch.inference_mode():
-        return FastDecoder(plan, weights, context_tokens=context_tokens, products=products)
+        attention = fastest_attention(plan.q_heads, plan.kv_heads, plan.head_size) if measured else by_torch
+        return FastDecoder(plan, weights, context_tokens=context_tokens, products=products, attention=attention)
 
 
 @torch.inference_mode()
