@@ -102,7 +102,9 @@ def test_both_ways_are_plain_attention(way: str, window: int | None, flash: None
 class FlashCache(SlotCache):
     """What the cache does where FlashAttention is: no length is more than a number in a tensor."""
 
-    def attend(self, layer: int, query_TQD: Any, batch: Any, scale: Any = None, window: Any = None) -> torch.Tensor:
+    def attend(
+        self, layer: int, query_TQD: Any, batch: Any, scale: Any = None, window: Any = None, decoding: Any = None
+    ) -> torch.Tensor:
         return gpu_attention.attend_flash(query_TQD, self._keys[layer], self._values[layer], batch, scale, window)
 
 
