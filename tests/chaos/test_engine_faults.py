@@ -327,6 +327,28 @@ async def test_want_of_descriptors_does_not_cost_a_worker_its_life(
         worker.close()
 
 
+async def test_who_finds_a_worker_gone_finds_those_aboard_known(
+    home: HomeFolder, pool: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or one of them would board the next worker as if nothing had happened, and a third would die of it."""
+    base = a_base(home)
+    worker, told = Worker(home, base, pool), threading.Event()
+    known = pool.ensure(base)
+    worker.close()
+
+    def slowly(*_: object) -> None:
+        time.sleep(0.3)
+        told.set()
+
+    monkeypatch.setattr(pool._quarantine, "died", slowly)
+    keeper = threading.Thread(target=lambda: asyncio.run(pool._ask(base.code, known)))
+    keeper.start()
+    while base.code in pool._workers:
+        await asyncio.sleep(0.001)
+    assert told.is_set()
+    keeper.join()
+
+
 def test_the_keeper_ends_a_silent_worker_and_keeps_the_others(home: HomeFolder, pool: Pool) -> None:
     bases = [a_base(home, code) for code in ("one", "two")]
     workers = [Worker(home, base, pool) for base in bases]

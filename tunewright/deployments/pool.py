@@ -324,10 +324,10 @@ class Pool:
         with self._lock:
             if self._workers.get(base_code) is not worker:
                 return
+            if not self._stopping.is_set():  # first of all: whoever sees it gone boards the next one
+                self._quarantine.died(worker.process.pid, trouble.running)
+                log.error("engine_lost", base=base_code, pid=worker.process.pid, reason=trouble.reason)
             del self._workers[base_code]
-        if not self._stopping.is_set():
-            self._quarantine.died(worker.process.pid, trouble.running)
-            log.error("engine_lost", base=base_code, pid=worker.process.pid, reason=trouble.reason)
         self._processes.kill(worker)
 
 
