@@ -23,6 +23,7 @@ import pytest
 
 from tests.chaos.streams import Streams
 from tests.live_server import LiveServer, chat_rows
+from tests.open_files import open_files
 from tests.promises.test_pool import chat, worker_process, worker_state
 from tests.tiny_models import tiny_tokenizer
 from tunewright.clock import mono_s
@@ -93,7 +94,7 @@ def test_r06_a_worker_that_outlived_its_server_is_kept_while_a_server_uses_it(se
     time.sleep(IDLE_EXIT_S + 1.5)
     assert lives(worker), "it ended itself although a server uses it"
     server.kill()
-    deadline = time.monotonic() + IDLE_EXIT_S + 5
+    deadline = time.monotonic() + IDLE_EXIT_S + 60
     while lives(worker) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not lives(worker), "an orphan whom nobody asks ends itself"
@@ -108,15 +109,14 @@ def test_a_deleted_model_leaves_the_worker(server: LiveServer) -> None:
     assert len(worker_state(server).adapters) == 2
     with server.api() as api:
         api.delete(f"/models/{names[0]}").raise_for_status()
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + 60
         while len(worker_state(server).adapters) == 2 and time.monotonic() < deadline:
             time.sleep(0.02)
         assert len(worker_state(server).adapters) == 1
         worker = worker_process(server)
         os.kill(worker.pid, signal.SIGSTOP)
-        began = time.monotonic()
         assert api.delete(f"/models/{names[1]}").json()["deleted"] is True
-        assert time.monotonic() - began < 1, "a deletion waits for no engine"
+        assert lives(worker), "a deletion waits for no engine: this one would be given up first"
     left = [path for path in (server.home / "adapters").rglob("*") if path.name != "checkpoints"]
     assert left == [], "a model's checkpoints go with it"
 
@@ -131,15 +131,16 @@ def test_r21_an_engine_that_can_not_start_is_a_quick_503_and_heals(
     weights.write_bytes(content[:-1] + b"\xff")
     body = {"model": "brittle", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 4}
     with server.api() as api:
-        for limit_s in (60.0, 1.0):  # the first waits for the start that fails, the second for nothing
-            began = time.monotonic()
+        for _ in range(2):  # the first waits for the start that fails, the second for nothing
             answer = api.post("/chat/completions", json=body)
             assert (answer.status_code, answer.json()["error"]["code"]) == (503, "engine_not_ready")
             assert int(answer.headers["retry-after"]) >= 1
-            assert time.monotonic() - began < limit_s
+        assert server.log.read_text().count('"engine_start_failed"') == 1, "nothing was started for the second"
         weights.write_bytes(content)
-        time.sleep(1.0)
-        assert api.post("/chat/completions", json=body).status_code == 200
+        deadline = time.monotonic() + 60
+        while (answer := api.post("/chat/completions", json=body)).status_code != 200:
+            assert answer.json()["error"]["code"] == "engine_not_ready" and time.monotonic() < deadline
+            time.sleep(int(answer.headers["retry-after"]))
 
 
 @pytest.mark.parametrize("cycles", [60, pytest.param(3000, marks=[pytest.mark.soak, pytest.mark.timeout(3600)])])
@@ -150,7 +151,7 @@ def test_r26_callers_who_leave_cost_nothing(server: LiveServer, cycles: int) -> 
     assert process is not None
     gateway, worker = psutil.Process(process.pid), psutil.Process(worker_process(server).pid)
     chance = random.Random(cycles)
-    before = (gateway.num_fds(), worker.num_fds())
+    before = (open_files(gateway.pid)[0], worker.num_fds())
     for n in range(cycles):
         body = json.dumps(
             {
@@ -175,10 +176,10 @@ def test_r26_callers_who_leave_cost_nothing(server: LiveServer, cycles: int) -> 
     while (state := worker_state(server)).active or state.waiting:
         assert time.monotonic() - left < 2, state
         time.sleep(0.05)
-    deadline = time.monotonic() + 5
-    while max(gateway.num_fds() - before[0], worker.num_fds() - before[1]) > 3 and time.monotonic() < deadline:
+    deadline = time.monotonic() + 30
+    while (more := open_files(gateway.pid)[0] - before[0]).total() > 3 or worker.num_fds() - before[1] > 3:
+        assert time.monotonic() < deadline, more
         time.sleep(0.1)
-    assert max(gateway.num_fds() - before[0], worker.num_fds() - before[1]) <= 3
     assert chat(server, "tiny", "hi")["usage"]["completion_tokens"] > 0, "the key has its places back"
 
 
@@ -191,8 +192,7 @@ class Worker:
 
     def __init__(self, home: HomeFolder, base: Base, pool: Pool) -> None:
         self.breaks = self.mute = self.ponders = False
-        self.unloaded: list[str] = []
-        self.asked = 0
+        self._closed = threading.Event()
         self._listener = socket.create_server(("127.0.0.1", 0))
         folder = home.workers / base.code
         folder.mkdir()
@@ -216,7 +216,6 @@ class Worker:
                 return
             with connection, connection.makefile("rb") as lines:
                 request = decode_request(lines.readline())
-                self.asked += 1
                 if isinstance(request, Generate):
                     if self.ponders:
                         connection.recv(1)  # until the caller has had enough
@@ -226,7 +225,7 @@ class Worker:
                         )
                     continue
                 if self.mute:
-                    time.sleep(1)
+                    self._closed.wait(60)
                     continue
                 if not isinstance(request, Health):
                     raise RuntimeError(repr(request))
@@ -234,6 +233,7 @@ class Worker:
                 connection.sendall(encode_line(state) + b"\n")
 
     def close(self) -> None:
+        self._closed.set()
         self._listener.close()
         self.process.kill()
         self.process.wait()
@@ -248,7 +248,7 @@ def home(tmp_path: Path) -> HomeFolder:
 
 @pytest.fixture
 def pool(home: HomeFolder) -> Iterator[Pool]:
-    pool = Pool(home, Settings(home=home.root, engine_silence_limit_s=0.5, engine_start_limit_s=20), LocalRunner())
+    pool = Pool(home, Settings(home=home.root, engine_silence_limit_s=2.0, engine_start_limit_s=60), LocalRunner())
     yield pool
     pool.stop()
 
@@ -284,7 +284,7 @@ async def test_a_broken_connection_does_not_cost_a_worker_its_life(home: HomeFol
 
 async def test_an_answer_that_does_not_begin_in_time_is_given_up(home: HomeFolder) -> None:
     """The worker is well, so it lives; those whom nobody waits for have no such limit."""
-    settings = Settings(home=home.root, engine_silence_limit_s=0.5, engine_start_limit_s=20, first_token_limit_s=0.2)
+    settings = Settings(home=home.root, engine_silence_limit_s=2.0, engine_start_limit_s=60, first_token_limit_s=1.0)
     pool = Pool(home, settings, LocalRunner())
     base = a_base(home)
     worker = Worker(home, base, pool)
@@ -294,7 +294,7 @@ async def test_an_answer_that_does_not_begin_in_time_is_given_up(home: HomeFolde
             await answer(pool, base)
         patient = msgspec.structs.replace(a_request(), priority=1)
         with pytest.raises(TimeoutError):
-            async with asyncio.timeout(0.6):
+            async with asyncio.timeout(2.0):
                 async for _ in pool.generate(base, None, patient):
                     pass
         worker.ponders = False
@@ -357,7 +357,7 @@ def test_the_keeper_ends_a_silent_worker_and_keeps_the_others(home: HomeFolder, 
             pool.ensure(base)
         pool.start()
         workers[0].mute = True
-        workers[0].process.wait(5)
+        workers[0].process.wait(60)
         time.sleep(0.5)
         assert workers[1].process.poll() is None
     finally:
@@ -372,14 +372,14 @@ async def test_a_base_that_is_starting_holds_up_no_other(
     slow, quick = a_base(home, "slow"), a_base(home, "quick")
     worker = Worker(home, quick, pool)
     stuck = threading.Event()
-    monkeypatch.setattr(pool, "_start", lambda base: stuck.wait(20) and None)
+    monkeypatch.setattr(pool, "_start", lambda base: stuck.wait(60) and None)
     waiting = [asyncio.ensure_future(answer(pool, slow)) for _ in range(100)]
     try:
-        await asyncio.sleep(0.2)
-        began = mono_s()
+        while not any(thread.name == "start-slow" for thread in threading.enumerate()):
+            await asyncio.sleep(0.01)
         assert len(await answer(pool, quick)) == 1
         assert await asyncio.to_thread(lambda: 1) == 1
-        assert mono_s() - began < 2
+        assert not any(task.done() for task in waiting)
         assert [thread.name for thread in threading.enumerate()].count("start-slow") == 1
         waiting[0].cancel()  # one who leaves takes nothing from the others
         await asyncio.sleep(0)
@@ -400,7 +400,7 @@ def test_forgetting_a_model_never_waits_and_never_fails(home: HomeFolder, pool: 
         worker.mute = True
         began = mono_s()
         pool.forget(model)
-        assert mono_s() - began < 0.2
+        assert mono_s() - began < 1
     finally:
         worker.close()
     pool.forget(model)  # a worker that is gone
