@@ -106,7 +106,7 @@ def a_base(home: HomeFolder, code: str = "tiny", **changes: Any) -> Base:
 
 class Bench:
     def __init__(self, root: Path, **settings: Any) -> None:
-        quick: dict[str, Any] = {"home": root, "heartbeat_limit_s": 10.0, "cancel_grace_s": 0.5}
+        quick: dict[str, Any] = {"home": root, "heartbeat_limit_s": 10.0, "cancel_grace_s": 10.0}
         self.settings = Settings(**(quick | settings))
         self.home = HomeFolder(root)
         self.home.create()
@@ -174,7 +174,7 @@ class Bench:
     def job(self, job_id: str) -> Job:
         return self.jobs.get(PROJECT, job_id)
 
-    def until(self, condition: Callable[[], Any], limit_s: float = 20.0, *, moving: bool = True) -> None:
+    def until(self, condition: Callable[[], Any], limit_s: float = 60.0, *, moving: bool = True) -> None:
         """Run passes until the condition holds."""
         deadline = time.monotonic() + limit_s
         while not condition():
@@ -231,7 +231,7 @@ class Bench:
             pids = [pid for job in tx.jobs.unfinished() for pid in self.processes_left(job.id)]
         for pid in pids:
             self.runners[0].kill(pid)
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + 30
         while not all(runner.group_empty(pid) for runner in self.runners for pid in pids):
             if time.monotonic() > deadline:
                 raise AssertionError("a trainer can't be killed")

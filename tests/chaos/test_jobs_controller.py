@@ -42,6 +42,14 @@ def bench(tmp_path: Path) -> Iterator[Bench]:
     bench.close()
 
 
+@pytest.fixture
+def impatient(tmp_path: Path) -> Iterator[Bench]:
+    """It kills what does not obey soon; a trainer may need longer to save, on a busy machine."""
+    bench = Bench(tmp_path / "home", cancel_grace_s=0.5)
+    yield bench
+    bench.close()
+
+
 def restarted(bench: Bench) -> None:
     """The server is gone without a word, a new one is there."""
     bench.controller = bench.new_controller()
@@ -227,7 +235,7 @@ def test_a_disk_that_is_too_full_to_say_so_is_waited_for(bench: Bench, monkeypat
 
 
 def test_a_stopped_trainer_is_replaced(tmp_path: Path) -> None:
-    bench = Bench(tmp_path / "home", heartbeat_limit_s=1.0)
+    bench = Bench(tmp_path / "home", heartbeat_limit_s=3.0)
     try:
         job = bench.create(steps=12, holds=[5])
         bench.until_step(job.id, 5)
@@ -275,7 +283,7 @@ def test_r14_writes_of_a_trainer_that_was_given_up_are_not_taken(bench: Bench) -
 
 
 def test_a_trainer_that_stands_still_again_and_again_is_stalled(tmp_path: Path) -> None:
-    bench = Bench(tmp_path / "home", heartbeat_limit_s=0.7, max_attempts=1)
+    bench = Bench(tmp_path / "home", heartbeat_limit_s=3.0, max_attempts=1)
     try:
         job = bench.create(steps=12, holds=[2])
         bench.until_step(job.id, 2)
@@ -338,15 +346,15 @@ def test_a_base_that_went_away(bench: Bench) -> None:
 
 @pytest.mark.parametrize("orders", [{}, {"ignore_sigterm": True}, {"fork_child": True}])
 @pytest.mark.parametrize("step", [0, 1, 7])
-def test_cancel_leaves_no_process(bench: Bench, orders: dict[str, bool], step: int) -> None:
+def test_cancel_leaves_no_process(impatient: Bench, orders: dict[str, bool], step: int) -> None:
+    bench = impatient
     job = bench.create(steps=1000, sleep_s=0.01, **orders)
     if step == 0:
         bench.until(lambda: bench.job(job.id).status == RUNNING)
     else:
         bench.until_step(job.id, step)
-    started = time.monotonic()
     assert bench.jobs.cancel(PROJECT, job.id).status == "cancelling"
-    assert time.monotonic() - started < 0.2
+    assert bench.processes_left(job.id), "who cancels waits for nothing"
     done = bench.until_over(job.id)
     assert done.status == CANCELLED and done.finished_at is not None and done.error is None
     assert bench.processes_left(job.id) == []
@@ -356,9 +364,10 @@ def test_cancel_leaves_no_process(bench: Bench, orders: dict[str, bool], step: i
 
 
 @pytest.mark.parametrize("seed", [*range(4), *(pytest.param(seed, marks=pytest.mark.soak) for seed in range(4, 40))])
-def test_r16_cancel_at_any_moment(bench: Bench, seed: int) -> None:
+def test_r16_cancel_at_any_moment(impatient: Bench, seed: int) -> None:
     """Before the trainer, while it starts, trains, saves, ends or is followed by another one; with a grandchild that
     disobeys."""
+    bench = impatient
     chance = random.Random(seed)
     crash = {"crash_at": 6} if seed % 2 else {}
     job = bench.create(steps=12, checkpoint_every=2, fork_child=True, **crash)
@@ -401,7 +410,8 @@ def test_pause_and_resume_many_times_change_nothing(bench: Bench) -> None:
     assert bench.losses(job.id) == whole_run(5, 40)
 
 
-def test_cancel_of_a_paused_job_whose_trainer_disobeys(bench: Bench) -> None:
+def test_cancel_of_a_paused_job_whose_trainer_disobeys(impatient: Bench) -> None:
+    bench = impatient
     job = bench.create(steps=1000, ignore_sigterm=True)
     bench.until_step(job.id, 2)
     bench.jobs.pause(PROJECT, job.id)
@@ -489,7 +499,7 @@ def test_replaying_a_journal_adds_nothing(bench: Bench) -> None:
 
 
 def test_a_second_loop_does_nothing_while_the_first_has_the_lease(bench: Bench) -> None:
-    job = bench.create(steps=300)
+    job = bench.create(steps=300, holds=[1])
     bench.until_step(job.id, 1)
     second = bench.new_controller(lease_holder="another home")
     bench.controller.run_once()  # which renews it: on a busy machine seconds may have gone by
@@ -534,7 +544,7 @@ def test_r04_kill_minus_9_of_the_server_at_random_moments(bench: Bench, kills: i
             if kill % 3 == 2 and (bench.home.jobs / job.id / "trainer.json").exists():
                 bench.runners[0].kill(bench.process(job.id).pid)
         reached = newest_step(bench, job.id)
-        bench.until(lambda: bench.job(job.id).step >= reached, limit_s=15)  # the state is right again
+        bench.until(lambda: bench.job(job.id).step >= reached)  # the state is right again
         done = bench.until_over(job.id)
     finally:
         for server in servers:
@@ -557,7 +567,7 @@ def test_shutdown_checkpoints_and_the_next_start_goes_on(bench: Bench) -> None:
     bench.until(lambda: bench.job(job.id).step >= 5, moving=False)
     started = time.monotonic()
     bench.controller.stop()
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < bench.settings.cancel_grace_s, "it saved, and was not killed"
     parked = bench.job(job.id)
     assert (parked.status, parked.failures) == (QUEUED, 0) and parked.step == 5
     assert bench.processes_left(job.id) == []
@@ -595,7 +605,7 @@ def test_r17_a_file_of_an_unfinished_job_is_in_use(bench: Bench) -> None:
 
 def test_the_trainer_gets_a_clean_environment(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TUNEWRIGHT_DATABASE_URL", "postgresql://user:secret@host/name")
-    job = bench.create(steps=500, sleep_s=0.01)
+    job = bench.create(steps=500, holds=[1])
     bench.until_step(job.id, 1)
     pid = bench.process(job.id).pid
     variables = Path(f"/proc/{pid}/environ").read_bytes()

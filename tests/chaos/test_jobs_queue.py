@@ -71,7 +71,7 @@ def starts(bench: Bench, *jobs: Job) -> list[str]:
         seen.extend(job.id for job in now if job.attempt and job.id not in seen)
         return all(job.status == SUCCEEDED for job in now)
 
-    bench.until(look, 40.0)
+    bench.until(look)
     return seen
 
 
@@ -101,7 +101,7 @@ def test_a_second_project_does_not_wait_for_the_whole_queue_of_the_first(alone: 
         seen.extend(job.id for job in left if job.attempt and job.id not in seen)
         return not left
 
-    alone.until(over, 40.0)
+    alone.until(over)
     assert seen.index(one.id) <= 1, "it waits for one job of the other project at most"
     assert len(seen) == len(many) + 1
 
@@ -137,7 +137,7 @@ def test_an_interrupted_job_goes_on_before_others_and_a_resumed_one_does_not(alo
                 seen.append((job.id, job.attempt))
         return alone.job(second.id).status == SUCCEEDED
 
-    alone.until(look, 40.0)
+    alone.until(look)
     assert [each for each in seen if each != (first.id, 1)] == [(first.id, 2), (second.id, 1)]
     third = alone.create(steps=500, sleep_s=0.01)
     alone.until_step(third.id, 2)
@@ -198,7 +198,7 @@ def test_engines_and_greedy_trainers_count(bench: Bench) -> None:
     assert bench.job(waits.id).attempt == 0
     bench.prover.held_bytes = 8 * GB
     (bench.home.jobs / first.id / "go").touch()
-    bench.until(lambda: bench.job(waits.id).status == SUCCEEDED, 40.0)
+    bench.until(lambda: bench.job(waits.id).status == SUCCEEDED)
     assert bench.job(first.id).status == SUCCEEDED, "alone it starts, and plans with what the engines leave"
     assert json.loads((bench.home.jobs / waits.id / "spec.json").read_bytes())["memory_limit_bytes"] == 2 * GB
     bench.prover.held_bytes = 0

@@ -26,7 +26,9 @@ SEED = 11
 
 @pytest.fixture
 def server(tmp_path: Path, tiny_base: Path) -> Iterator[LiveServer]:
-    server = LiveServer(tmp_path / "home", TUNEWRIGHT_CHECKPOINT_EVERY_S="0.2")
+    # A trainer may be killed again and again before it has saved anything new, which is no crash loop of its own.
+    settings = {"TUNEWRIGHT_CHECKPOINT_EVERY_S": "0.2", "TUNEWRIGHT_MAX_ATTEMPTS": str(KILLS)}
+    server = LiveServer(tmp_path / "home", **settings)
     server.add_base(tiny_base)
     server.start()
     yield server
@@ -69,7 +71,7 @@ def newest_step(work: Path) -> int:
 
 
 def wait_for_step(server: LiveServer, work: Path, step: int) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 180
     while newest_step(work) < step:
         if time.monotonic() > deadline:
             pytest.fail(f"stuck before step {step}: {server.log.read_text()[-2000:]}")
@@ -78,7 +80,7 @@ def wait_for_step(server: LiveServer, work: Path, step: int) -> None:
 
 def kill_trainer(work: Path, dead: set[int]) -> int:
     """Kill the trainer that is at work and give its process id; one killed before may still be the one on record."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 180
     while time.monotonic() < deadline:
         pid = json.loads((work / "trainer.json").read_bytes())["pid"]
         if pid not in dead:
@@ -157,16 +159,15 @@ def test_r13_a_starved_trainer_is_named_and_the_server_does_not_notice(server: L
 def test_cancel_leaves_no_process_behind(server: LiveServer) -> None:
     job_id = run_job(server)
     work = server.home / "jobs" / job_id
-    deadline = time.monotonic() + 60
-    while newest_step(work) < 3 and time.monotonic() < deadline:
-        time.sleep(0.01)
-    pid = json.loads((work / "trainer.json").read_bytes())["pid"]
+    wait_for_step(server, work, 3)
+    trainer = json.loads((work / "trainer.json").read_bytes())
     with server.api() as api:
         started = time.monotonic()
         api.post(f"/fine_tuning/jobs/{job_id}/cancel").raise_for_status()
         assert time.monotonic() - started < 5
-    assert server.wait(job_id, 30)["status"] == "cancelled"
-    assert not Path(f"/proc/{pid}").exists()
+    assert server.wait(job_id)["status"] == "cancelled"
+    # Not a look at /proc: what has ended stands there until the last of its threads is gone and its parent has noticed.
+    assert not LocalRunner().alive(trainer["pid"], trainer["start_ticks"])
     with server.api() as api:
         names = [model["id"] for model in api.get("/models").json()["data"]]
     assert all(not name.startswith("tiny:") for name in names)
@@ -175,9 +176,7 @@ def test_cancel_leaves_no_process_behind(server: LiveServer) -> None:
 def test_sigterm_of_the_server_checkpoints_and_a_new_one_goes_on(server: LiveServer) -> None:
     job_id = run_job(server)
     work = server.home / "jobs" / job_id
-    deadline = time.monotonic() + 60
-    while newest_step(work) < 10 and time.monotonic() < deadline:
-        time.sleep(0.01)
+    wait_for_step(server, work, 10)
     trainer = json.loads((work / "trainer.json").read_bytes())
     assert server.stop() == 0
     # Not a look at /proc: what has ended stands there until its new parent has taken notice.
