@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ def deployment(server: LiveServer, deployment_id: str) -> dict[str, Any]:
 
 
 def wait_for(
-    server: LiveServer, deployment_id: str, condition: Callable[[dict[str, Any]], bool], limit_s: float = 60
+    server: LiveServer, deployment_id: str, condition: Callable[[dict[str, Any]], bool], limit_s: float = 120
 ) -> dict[str, Any]:
     """The deployment once the condition holds."""
     deadline = time.monotonic() + limit_s
@@ -60,8 +61,9 @@ def events(server: LiveServer, deployment_id: str) -> list[str]:
 
 
 def processes(server: LiveServer, deployment_id: str) -> dict[str, WorkerProcess]:
-    """Replica id -> its process, for all that could answer once."""
+    """Replica id -> its process, for all that could answer once. One that is being started again has none for a moment."""
     found: dict[str, WorkerProcess] = {}
     for path in (Path(server.home) / "workers" / deployment_id).glob("*/worker.json"):
-        found[path.parent.name] = msgspec.json.decode(path.read_bytes(), type=WorkerProcess)
+        with suppress(FileNotFoundError):
+            found[path.parent.name] = msgspec.json.decode(path.read_bytes(), type=WorkerProcess)
     return found
