@@ -170,7 +170,7 @@ class NotificationWorld:
         self.storage.close()
 
 
-def until(condition: Callable[[], Any], limit_s: float = 20.0) -> None:
+def until(condition: Callable[[], Any], limit_s: float = 60.0) -> None:
     deadline = time.monotonic() + limit_s
     while not condition():
         if time.monotonic() > deadline:

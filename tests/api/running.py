@@ -69,12 +69,12 @@ async def exchange(running: Running, raw: bytes) -> tuple[int, bytes]:
 
 
 async def answer_of(reader: asyncio.StreamReader) -> tuple[int, bytes]:
-    head = await asyncio.wait_for(reader.readuntil(CRLF * 2), 5)
+    head = await asyncio.wait_for(reader.readuntil(CRLF * 2), 30)
     length = next((int(line[15:]) for line in head.lower().split(CRLF) if line.startswith(b"content-length:")), 0)
     return int(head.split()[1]), await reader.readexactly(length)
 
 
-async def until(condition: Any, limit_s: float = 2.0) -> None:
+async def until(condition: Any, limit_s: float = 30.0) -> None:
     async with asyncio.timeout(limit_s):
         while not condition():
             await asyncio.sleep(0.01)

@@ -49,7 +49,7 @@ async def test_bad_heads(running: Running, name: str, raw: str, status: int, cod
     began = time.perf_counter()
     answered, body = await exchange(running, raw.replace("{key}", key).encode("latin-1"))
     assert (answered, json.loads(body)["error"]["code"]) == (status, code)
-    assert time.perf_counter() - began < 1
+    assert time.perf_counter() - began < connections.HEAD_LIMIT_S / 2, "nothing more of it is waited for"
 
 
 async def test_refusals_before_there_is_a_request_have_the_dialects_shape(
@@ -81,18 +81,18 @@ async def test_a_head_that_does_not_come_is_given_up(
     monkeypatch.setattr(connections, "LINGER_S", 0.1)
     reader, writer = await running.connect()
     writer.write(sent)
-    assert (await asyncio.wait_for(reader.read(), 3))[:13] == answer
+    assert (await asyncio.wait_for(reader.read(), 30))[:13] == answer
     writer.close()
 
 
 async def test_a_later_head_has_its_own_time(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connections, "HEAD_LIMIT_S", 0.2)
+    monkeypatch.setattr(connections, "HEAD_LIMIT_S", 1.0)
     reader, writer = await running.connect()
     for _ in range(3):
-        await asyncio.sleep(0.15)
+        await asyncio.sleep(0.4)
         writer.write(running.head("GET", "/v1/models"))
         assert (await answer_of(reader))[0] == 200
-    await asyncio.sleep(0.3)  # between requests only the keep-alive counts
+    await asyncio.sleep(1.2)  # between requests only the keep-alive counts
     writer.write(running.head("GET", "/v1/models"))
     assert (await answer_of(reader))[0] == 200
     writer.close()
@@ -119,14 +119,14 @@ async def test_rubbish_after_a_request_does_not_spoil_its_answer(running: Runnin
     """Neither is it written into the answer that is under way, nor taken for that answer."""
     reader, writer = await running.connect()
     writer.write(running.chat("endless", stream=True) + b"rubbish\r\n\r\n")
-    await asyncio.wait_for(reader.readuntil(b"Hel"), 5)
-    assert b"HTTP/1.1" not in await asyncio.wait_for(reader.readexactly(5000), 5)
+    await asyncio.wait_for(reader.readuntil(b"Hel"), 30)
+    assert b"HTTP/1.1" not in await asyncio.wait_for(reader.readexactly(5000), 30)
     writer.close()
     await until(lambda: running.world.completions.open == 0)
     reader, writer = await running.connect()
     writer.write(running.head("GET", "/v1/models/x") + b"rubbish\r\n\r\n")
     assert (await answer_of(reader))[0] == 404
-    assert await asyncio.wait_for(reader.read(), 3) == b"", "closed after it"
+    assert await asyncio.wait_for(reader.read(), 30) == b"", "closed after it"
     writer.close()
 
 
@@ -138,7 +138,7 @@ async def test_a52_old_and_closing_clients(running: Running) -> None:
         reader, writer = await running.connect()
         writer.write(raw)
         assert (await answer_of(reader))[0] == 404
-        assert await asyncio.wait_for(reader.read(), 3) == b""
+        assert await asyncio.wait_for(reader.read(), 30) == b""
         writer.close()
 
 

@@ -1,7 +1,6 @@
 """Many streams of one job's events, one look at the database."""
 
 import asyncio
-import time
 
 import msgspec
 import pytest
@@ -22,9 +21,11 @@ class History:
         self.job: Job = rows.job("p", status=RUNNING, error=None)
         self.events: list[JobEvent] = []
         self.looks = 0
+        self.together = 0
+        """Looks for all streams that wait."""
         self.broken = False
         self.stopping = False
-        self.watch = JobWatch(self.look, lambda: self.stopping)
+        self.watch = JobWatch(self.look_together, lambda: self.stopping)
 
     def add(self, n: int = 1) -> None:
         self.events += [events.message(self.job, "said", "It goes on") for _ in range(n)]
@@ -35,6 +36,20 @@ class History:
             raise Unavailable("database_busy", "busy")
         ids = [event.id for event in self.events]
         return self.job, self.events[ids.index(cursor) + 1 :] if cursor in ids else list(self.events)
+
+    def look_together(self, cursor: str | None) -> tuple[Job, list[JobEvent]]:
+        self.together += 1
+        return self.look(cursor)
+
+    @property
+    def alone(self) -> int:
+        return self.looks - self.together
+
+    async def rounds(self, n: int) -> None:
+        """Wait for so many looks for all; of two the second has begun now."""
+        last = self.together + n
+        while self.together < last:
+            await asyncio.sleep(0.005)
 
     async def follow(self, cursor: str | None = None) -> list[str]:
         frames = _frames(self.look, self.watch, cursor, "en", lambda: self.stopping)
@@ -51,15 +66,16 @@ def history(monkeypatch: pytest.MonkeyPatch) -> History:
 async def test_a_hundred_streams_see_everything_and_look_together(history: History) -> None:
     history.add(3)
     streams = [asyncio.ensure_future(history.follow()) for _ in range(100)]
-    while history.looks < 100:  # each has looked at what there was before it came
-        await asyncio.sleep(0.01)
-    await asyncio.sleep(0.05)
-    before, began = history.looks, time.monotonic()
+    alone = 0
+    while (
+        history.alone < 200 or history.alone > alone
+    ):  # each looks at what there was before it came, until that is all
+        alone = history.alone
+        await history.rounds(3)
     for _ in range(10):
         history.add(2)
-        await asyncio.sleep(0.05)
-    polls = (time.monotonic() - began) / job_watch.POLL_S
-    assert history.looks - before <= polls + 2, "one look at a time, however many streams wait for it"
+        await history.rounds(2)
+    assert history.alone == alone, "one look at a time, however many streams wait for it"
     history.job = msgspec.structs.replace(history.job, status=SUCCEEDED)
     ids = [event.id for event in history.events]
     assert await asyncio.gather(*streams) == [[*ids, ids[-1]]] * 100  # the last frame repeats the last id
@@ -106,10 +122,12 @@ async def test_nobody_looks_when_nobody_watches(history: History) -> None:
     assert watches.of("p", "j", history.look, lambda: False) is watch
     assert watches.of("q", "j", history.look, lambda: False) is not watch
     ticket = watch.ticket(None)
-    await asyncio.sleep(0.03)
-    assert history.looks > 0
+    while not history.looks:
+        await asyncio.sleep(0.01)
     ticket.cancel()
-    await asyncio.sleep(0.05)
+    poll = watch._poll
+    assert poll is not None
+    await asyncio.wait_for(poll, 60)
     before = history.looks
     await asyncio.sleep(0.05)
     assert history.looks == before

@@ -18,7 +18,7 @@ async def test_a_client_that_leaves_mid_stream_frees_the_engine(running: Running
     completions = running.world.completions
     reader, writer = await running.connect()
     writer.write(running.chat(word, stream=True))
-    await asyncio.wait_for(reader.readuntil(b"Hel"), 5)
+    await asyncio.wait_for(reader.readuntil(b"Hel"), 30)
     assert completions.open == 1
     writer.close()
     await until(lambda: completions.open == 0)
@@ -39,8 +39,8 @@ async def test_silence_is_filled_with_comments(running: Running, monkeypatch: py
     monkeypatch.setattr(streaming, "_TICK_S", 0.02)
     reader, writer = await running.connect()
     writer.write(running.chat("pause", stream=True))
-    await asyncio.wait_for(reader.readuntil(b": keep-alive\n\n"), 5)
-    await asyncio.wait_for(reader.readuntil(b": keep-alive\n\n"), 5)
+    await asyncio.wait_for(reader.readuntil(b": keep-alive\n\n"), 30)
+    await asyncio.wait_for(reader.readuntil(b": keep-alive\n\n"), 30)
     writer.close()
     await until(lambda: running.world.completions.open == 0)
 
@@ -65,7 +65,7 @@ async def test_a_client_that_reads_nothing_is_given_up(running: Running, monkeyp
     monkeypatch.setattr(running.world.app.router, "middleware_stack", app, raising=False)
     _, writer = await running.connect()
     writer.write(running.head("GET", "/v1/models"))
-    await until(lambda: ended, 5)
+    await until(lambda: ended, 30)
     assert ended == ["stall"]
     writer.close()
 
@@ -75,9 +75,9 @@ async def test_a_stopping_server_ends_streams_with_an_error(world: World) -> Non
     await running.start()
     reader, writer = await running.connect()
     writer.write(running.chat("pause", stream=True))
-    await asyncio.wait_for(reader.readuntil(b"Hel"), 5)
+    await asyncio.wait_for(reader.readuntil(b"Hel"), 30)
     await running.stop()
-    rest = await asyncio.wait_for(reader.read(), 5)
+    rest = await asyncio.wait_for(reader.read(), 30)
     assert b'"code":"server_stopping"' in rest
     assert b"[DONE]" not in rest
     assert rest.endswith(b"0\r\n\r\n"), "the body is whole: the error frame is its end"

@@ -29,14 +29,14 @@ def body(number: int, **fields: Any) -> dict[str, Any]:
     return {"model": "tiny", "messages": messages, "temperature": 0, "max_tokens": 40, **fields}
 
 
-def batch_of(server: LiveServer) -> str:
+def batch_of(server: LiveServer, **fields: Any) -> str:
     url = {"method": "POST", "url": "/v1/chat/completions"}
-    rows = [{"custom_id": f"r{n}", **url, "body": body(n)} for n in range(REQUESTS)]
+    rows = [{"custom_id": f"r{n}", **url, "body": body(n, **fields)} for n in range(REQUESTS)]
     rows[7]["body"]["temperature"] = 9
     return server.create_batch(server.upload(rows, purpose="batch"))
 
 
-def wait(server: LiveServer, path: str, prefix: str = "/v1", *, seconds: float = 60, **wanted: Any) -> dict[str, Any]:
+def wait(server: LiveServer, path: str, prefix: str = "/v1", *, seconds: float = 120, **wanted: Any) -> dict[str, Any]:
     deadline = time.monotonic() + seconds
     with server.api(prefix) as api:
         while True:
@@ -87,7 +87,7 @@ def test_kills_lose_no_answer_and_repeat_none(server: LiveServer) -> None:
 
 def test_requests_that_somebody_waits_for_are_served_meanwhile(server: LiveServer) -> None:
     """Far more background work than slots; each of twelve requests is answered long before that is done."""
-    batch_id = batch_of(server)
+    batch_id = batch_of(server, max_tokens=600)
     wait(server, f"/batches/{batch_id}", status=("in_progress",))
     with server.api() as api:
         for number in range(12):

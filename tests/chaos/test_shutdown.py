@@ -21,6 +21,8 @@ from tests.promises.test_pool import worker_process, worker_state
 from tunewright.runners.local import LocalRunner
 
 GRACE_S = 2
+DELAY_S = 2
+"""Of the server with a fake engine."""
 
 
 @pytest.fixture
@@ -40,6 +42,13 @@ def warm(server: LiveServer) -> None:
             "/chat/completions",
             json={"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 1},
         ).raise_for_status()
+
+
+async def until_draining(client: httpx.AsyncClient) -> None:
+    """Return as soon as the server says that it is not ready."""
+    while (answer := await client.get("/readyz")).status_code == 200:
+        await asyncio.sleep(0.01)
+    assert (answer.status_code, answer.json()["failed"]) == (503, ["draining"])
 
 
 def test_r05_sigterm_ends_streams_with_an_answer_or_an_error(server: LiveServer) -> None:
@@ -73,7 +82,7 @@ def test_r05_sigterm_ends_streams_with_an_answer_or_an_error(server: LiveServer)
 
 
 def test_r05_short_streams_end_as_usual_and_readiness_fails_first(tmp_path: Path, tiny_base: Path) -> None:
-    server = LiveServer(tmp_path / "home", TUNEWRIGHT_DRAIN_DELAY_S="1")
+    server = LiveServer(tmp_path / "home", TUNEWRIGHT_DRAIN_DELAY_S="3")
     server.add_base(tiny_base)
     server.start()
     warm(server)
@@ -83,15 +92,13 @@ def test_r05_short_streams_end_as_usual_and_readiness_fails_first(tmp_path: Path
 
     async def stop() -> None:
         process.send_signal(signal.SIGTERM)
-        await asyncio.sleep(0.2)
         async with httpx.AsyncClient(base_url=server.address, trust_env=False) as client:
-            answer = await client.get("/readyz")
-            assert (answer.status_code, answer.json()["failed"]) == (503, ["draining"])
+            await until_draining(client)
             headers = {"Authorization": f"Bearer {server.key}"}
             assert (await client.get("/v1/models", headers=headers)).status_code == 200
 
     streams.run(stop)
-    assert process.wait(15) == 0
+    assert process.wait(40) == 0
     server.stop()
     assert streams.ends == {"done": 5}
 
@@ -104,7 +111,7 @@ def fake(tmp_path: Path, tiny_base: Path) -> Iterator[LiveServer]:
         module="tests.serve_fake",
         TUNEWRIGHT_ENGINE_SLOTS="128",
         TUNEWRIGHT_MAX_STREAMS_PER_KEY="128",
-        TUNEWRIGHT_DRAIN_DELAY_S="1",
+        TUNEWRIGHT_DRAIN_DELAY_S=str(DELAY_S),
         TUNEWRIGHT_DRAIN_GRACE_S="3",
     )
     server.add_base(tiny_base)
@@ -130,10 +137,9 @@ def test_r05_drain(fake: LiveServer) -> None:
             await asyncio.sleep(0.3)
             process.send_signal(signal.SIGTERM)
             began.append(time.monotonic())
-            await asyncio.sleep(0.3)
-            assert (await client.get("/readyz")).json()["failed"] == ["draining"]
+            await until_draining(client)
             assert (await client.post("/v1/chat/completions", json=ask)).status_code == 200
-            await asyncio.sleep(began[0] + 1.5 - time.monotonic())
+            await asyncio.sleep(began[0] + DELAY_S + 0.5 - time.monotonic())
             for prefix, code in (("/v1", "server_stopping"), ("/api/paas/v4", "1305")):
                 refused = await client.post(f"{prefix}/chat/completions", json=ask)
                 assert (refused.status_code, refused.json()["error"]["code"]) == (503, code)
@@ -144,7 +150,7 @@ def test_r05_drain(fake: LiveServer) -> None:
 
     long.run(lambda: short._run(stop))
     assert process.wait(10) == 0
-    assert time.monotonic() - began[0] < 1 + 3 + 5
+    assert time.monotonic() - began[0] < DELAY_S + 3 + 5
     assert short.ends == {"done": 25}
     assert long.ends == {"error": 25} and long.codes == {"server_stopping": 25}
 
@@ -188,8 +194,8 @@ def test_r05_a_second_signal_is_quick(tmp_path: Path, tiny_base: Path) -> None:
         assert process.poll() is None
         began = time.monotonic()
         process.send_signal(signal.SIGTERM)
-        await asyncio.to_thread(process.wait, 10)
-        assert time.monotonic() - began < 2
+        await asyncio.to_thread(process.wait, 40)
+        assert time.monotonic() - began < 20, "a third of the grace that it does not wait for"
 
     streams.run(stop_twice)
     assert set(streams.ends) == {"broken"}, streams.ends

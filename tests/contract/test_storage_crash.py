@@ -38,12 +38,13 @@ def test_no_acknowledged_row_is_lost(sqlite_url: str, tmp_path: Path) -> None:
     storage.close()
     chance = random.Random(7)
     acknowledged: list[str] = []
-    for _ in range(ROUNDS):
+    rounds = 0
+    while rounds < ROUNDS or len(acknowledged) < ROUNDS:  # a slow disk may take long for one
+        rounds += 1
         acknowledged += killed_writer(sqlite_url, ours.id, chance.uniform(0.01, 0.3))
         plain = sqlite3.connect(tmp_path / "test.db")
         assert plain.execute("PRAGMA integrity_check").fetchone() == ("ok",)
         plain.close()
-    assert len(acknowledged) >= ROUNDS
 
     storage = Storage(sqlite_url)
     storage.migrate()
@@ -56,7 +57,7 @@ def test_no_acknowledged_row_is_lost(sqlite_url: str, tmp_path: Path) -> None:
             stored += [of.id for of in page]
     storage.close()
     assert set(acknowledged) <= set(stored)
-    assert len(stored) - len(acknowledged) <= ROUNDS, "at most one unit a round may be stored without word of it"
+    assert len(stored) - len(acknowledged) <= rounds, "at most one unit a round may be stored without word of it"
 
 
 def killed_writer(url: str, project_id: str, after_s: float) -> list[str]:

@@ -1,9 +1,11 @@
-"""Ways to die for a trainer that was forked by the nursery, each at a certain point: SIGKILL from inside is what a kill -9
-from outside is, at a moment that a test can choose."""
+"""What befalls a trainer that was forked by the nursery, each at a certain point: SIGKILL from inside is what a kill -9
+from outside is, at a moment that a test can choose. So is SIGTERM, or a disk that is full from the start."""
 
 import os
+import resource
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +18,30 @@ def _die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def after_step(step: int) -> None:
-    """Right after the metrics of `step` are in the journal."""
-
+def _at_step(step: int, act: Callable[[], None]) -> None:
     def at_step(reached: int) -> None:
         if reached == step:
-            _die()
+            act()
 
     def journal(path: Path) -> SteppedJournal:
         return SteppedJournal(path, at_step)
 
     run.JournalWriter = journal  # type: ignore[assignment,misc]
+
+
+def after_step(step: int) -> None:
+    """Killed right after the metrics of `step` are in the journal."""
+    _at_step(step, _die)
+
+
+def asked_after_step(step: int) -> None:
+    """SIGTERM, then."""
+    _at_step(step, lambda: os.kill(os.getpid(), signal.SIGTERM))
+
+
+def small_files(limit: int) -> None:
+    """No file may grow beyond `limit` bytes."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
 
 def while_saving(point: int) -> None:

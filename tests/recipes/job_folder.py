@@ -2,10 +2,8 @@
 
 import atexit
 import json
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import closing
@@ -134,20 +132,6 @@ def records(spec: TrainingSpec) -> list[JournalRecord]:
 def log_text(spec: TrainingSpec) -> str:
     """What the attempt printed."""
     return (Path(spec.work_folder) / f"log-{spec.attempt}.txt").read_text("utf-8", "replace")
-
-
-def signal_at_step(spec: TrainingSpec, step: int, number: signal.Signals) -> int:
-    """Start a trainer and signal it as soon as its journal shows `step`; returns the exit code."""
-    process = fork_trainer(spec)
-    mark = b'"step":%d,' % step
-    journal = Path(spec.work_folder) / f"journal-{spec.attempt}.jsonl"
-    deadline = time.monotonic() + 120
-    while process.poll() is None and time.monotonic() < deadline:
-        if journal.exists() and mark in journal.read_bytes():
-            process.send_signal(number)
-            break
-        time.sleep(0.001)
-    return process.wait(60)
 
 
 class SteppedJournal(JournalWriter):

@@ -1,8 +1,10 @@
 """The trainer as the server meets it: a process with a lock, a heartbeat and a journal, ended by signals."""
 
+import re
 import resource
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -17,7 +19,6 @@ from tests.recipes.job_folder import (
     next_attempt,
     records,
     run_trainer,
-    signal_at_step,
     start_trainer,
     train_here,
     write_job,
@@ -29,11 +30,15 @@ from tunewright.recipes import checkpoints
 from tunewright.runners.local import LocalRunner
 
 
-def wait_for(path: Path, limit_s: float = 60) -> None:
+def until(condition: Callable[[], bool], limit_s: float = 60) -> None:
     deadline = time.monotonic() + limit_s
-    while not path.exists() and time.monotonic() < deadline:
+    while not condition():
+        assert time.monotonic() < deadline
         time.sleep(0.005)
-    assert path.exists()
+
+
+def wait_for(path: Path) -> None:
+    until(path.exists)
 
 
 def test_killed_and_stopped_trainers_end_as_if_nothing_had_happened(tmp_path: Path, base: Path) -> None:
@@ -41,10 +46,10 @@ def test_killed_and_stopped_trainers_end_as_if_nothing_had_happened(tmp_path: Pa
     whole = train_here(write_job(tmp_path / "whole", base, **many))
     spec = write_job(tmp_path / "job", base, **many)
 
-    assert signal_at_step(spec, 7, signal.SIGKILL) == -signal.SIGKILL
+    assert run_trainer(spec, ("after_step", 7)) == -signal.SIGKILL
     first = records(spec)
     spec = next_attempt(spec)
-    assert signal_at_step(spec, 60, signal.SIGTERM) == 0
+    assert run_trainer(spec, ("asked_after_step", 60)) == 0
     second = records(spec)
     last = second[-1]
     assert isinstance(last, Stopped)
@@ -72,12 +77,12 @@ def test_identity_heartbeat_and_lock(tmp_path: Path, base: Path) -> None:
         assert told == TrainerProcess(pid=process.pid, start_ticks=int(stat[19]), attempt=1)
 
         before = (folder / "heartbeat").stat().st_mtime_ns
+        until(lambda: bool(losses(records(spec))))  # until then files come and go
         written = [path.name for path in folder.iterdir()]
         assert run_trainer(spec) == 75  # a second trainer finds the lock taken and touches nothing
         assert set(written) <= {path.name for path in folder.iterdir()}
         assert msgspec.json.decode((folder / "trainer.json").read_bytes(), type=TrainerProcess) == told
-        time.sleep(1.2)
-        assert (folder / "heartbeat").stat().st_mtime_ns > before
+        until(lambda: (folder / "heartbeat").stat().st_mtime_ns > before)
     finally:
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0
@@ -98,12 +103,18 @@ def test_a_newer_attempt_silences_the_older_one(tmp_path: Path, base: Path) -> N
     assert (folder / "journal-1.jsonl").read_bytes() == journal
 
 
+def catches(pid: int, number: signal.Signals) -> bool:
+    """Whether the process has a handler for this signal."""
+    caught = re.search(r"SigCgt:\s*([0-9a-f]+)", Path(f"/proc/{pid}/status").read_text())
+    assert caught is not None
+    return bool(int(caught[1], 16) >> (number - 1) & 1)
+
+
 def test_stopped_before_the_first_step(tmp_path: Path, base: Path) -> None:
     folder = tmp_path / "job"
     spec = write_job(folder, base)
     process = start_trainer(spec)
-    wait_for(folder / "journal-1.jsonl")
-    time.sleep(0.2)  # long before the libraries are imported
+    until(lambda: catches(process.pid, signal.SIGTERM))  # long before the libraries are imported
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 0
     assert records(spec) == [Stopped(step=0)]
@@ -122,9 +133,7 @@ def test_a_crash_says_nothing_to_the_server_and_all_to_the_log(tmp_path: Path, b
 def test_r42_a_full_disk_costs_the_checkpoint_only(tmp_path: Path, base: Path, limit: int) -> None:
     """No file may grow beyond `limit`: the adapter (19848 bytes), the random states or the optimizer's do not fit."""
     spec = write_job(tmp_path / "job", base, n_epochs=2)
-    process = fork_trainer(spec)
-    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (limit, limit))
-    assert process.wait(120) == 0
+    assert run_trainer(spec, ("small_files", limit)) == 0
     found = records(spec)
     assert codes(found) == ["checkpoint_not_saved"] * 2
     if limit > 20_000:

@@ -187,7 +187,7 @@ async def test_late_answers_have_their_day(world: World) -> None:
         tx.async_tasks.insert(old)
     controller.start()
     try:
-        for _ in range(500):
+        for _ in range(3000):
             if world.platform.async_tasks.get(project_id, task.id).status != "PROCESSING":
                 break
             await asyncio.sleep(0.02)

@@ -22,6 +22,8 @@ if (folder / "own_group").exists():
     subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], process_group=0)
 if (folder / "leader_leaves").exists():
     subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    while not (folder / "leaves_now").exists():
+        time.sleep(0.01)
     sys.exit(3)
 print("ready", flush=True)
 time.sleep(60)
@@ -43,7 +45,7 @@ def runner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalRun
 
 
 def wait(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -56,7 +58,9 @@ def start(runner: LocalRunner, folder: Path, *flags: str) -> tuple[int, int]:
     pid = runner.start("a_sleeper_for_tests", folder, log)
     ticks = runner.start_ticks(pid)
     assert ticks is not None
-    if "leader_leaves" not in flags:
+    if "leader_leaves" in flags:
+        (folder / "leaves_now").touch()
+    else:
         wait(lambda: log.read_text() == "ready\n")
     return pid, ticks
 
