@@ -5,10 +5,16 @@ from pathlib import Path
 from uuid import uuid4
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests.contract.postgres_cluster import NoPostgres, postgres_cluster
 from tests.live_server import LiveServer, chat_rows
 
+# How long an example takes, or the making of some, says how busy the machine is.
+settings.register_profile(
+    "ours", deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
+)
+settings.load_profile("ours")
 METRICS_TOKEN = "a token of the operator's choice"
 
 

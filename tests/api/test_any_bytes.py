@@ -4,7 +4,7 @@ from random import Random
 
 import httpx
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.api.test_files import left_behind
@@ -45,7 +45,7 @@ async def test_what_an_upload_says_of_each_fault(world: World, client: httpx.Asy
 
 
 @pytest.mark.parametrize("path", [*(prefix + "/files" for prefix in PREFIXES), "/api/v1/datasets"])
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100)
 @given(
     data=st.binary(max_size=100) | st.builds(mutated, st.sampled_from(CORPUS), st.integers(0, 2**64 - 1).map(Random)),
     purpose=st.sampled_from(PURPOSES[:4]),

@@ -6,7 +6,7 @@ from pathlib import Path
 from random import Random
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.tiny_models import tiny_tokenizer
@@ -36,13 +36,13 @@ def test_the_unbent_files_are_good(tmp_path: Path, renderer: Renderer, data: byt
     assert holds(tmp_path, data, "fine-tune", renderer).ok
 
 
-@settings(max_examples=1000, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=1000)
 @given(data=ANY, purpose=st.sampled_from(PURPOSES))
 def test_any_bytes_give_a_report(tmp_path: Path, renderer: Renderer, data: bytes, purpose: str) -> None:
     holds(tmp_path, data, purpose, renderer)
 
 
-@settings(max_examples=500, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=500)
 @given(data=ANY, purpose=st.sampled_from(PURPOSES), choice=st.sampled_from(CHOICES))
 def test_a_repair_of_any_bytes_does_what_it_says(tmp_path: Path, data: bytes, purpose: str, choice: Choice) -> None:
     mended(tmp_path, data, purpose, choice)

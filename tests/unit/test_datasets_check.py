@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.unit.bad_rows import (
@@ -287,7 +287,7 @@ _ROWS = st.lists(_JSON.map(lambda value: json.dumps(value)), max_size=3).map(lam
 _ANY = st.binary(max_size=60) | st.lists(_PARTS, max_size=15).map(lambda parts: "".join(parts).encode()) | _ROWS
 
 
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=400)
 @given(_ANY, st.sampled_from(["fine-tune", "batch", "fine-tune-vision-cogview"]))
 def test_any_bytes_give_a_report(tmp_path: Path, data: bytes, purpose: str) -> None:
     report = checked(tmp_path, data, purpose)
@@ -297,7 +297,7 @@ def test_any_bytes_give_a_report(tmp_path: Path, data: bytes, purpose: str) -> N
     assert report.ok or report.problems[0].severity == "error"
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200)
 @given(
     st.lists(st.lists(_JSON, max_size=4).map(lambda messages: {"messages": [USER, *messages, ASSISTANT]}), max_size=2)
 )

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.unit.bad_rows import ASSISTANT, CASES, GOOD, SYSTEM, TOOL, USER, call, preference, reply
@@ -178,7 +178,7 @@ def _files(draw: st.DrawFn) -> bytes:
     return b"\n".join([*found, *again]) + draw(st.sampled_from([b"", b"\n"]))
 
 
-_SETTINGS = settings(max_examples=500, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+_SETTINGS = settings(max_examples=500)
 
 
 @_SETTINGS
@@ -224,7 +224,7 @@ def test_clean_rows_take_the_fast_way(tmp_path: Path, monkeypatch: pytest.Monkey
     assert exact == [b"{}"], "and its neighbours do not either"
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.lists(st.text(alphabet='\\"}{u0n\x00 a', max_size=12), min_size=1, max_size=5))
 def test_quotes_of_a_block_are_counted_right(texts: list[str]) -> None:
     block = b"\n".join(json.dumps({"x": text}).encode() for text in texts) + b"\n"

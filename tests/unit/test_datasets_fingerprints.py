@@ -135,7 +135,7 @@ def numbers(rows: list[tuple[int, int, int]]) -> Fingerprints:
 _NUMBERS = st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4), st.integers(0, 2)), max_size=40)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(_NUMBERS, _NUMBERS)
 def test_many_lines_are_compared_like_few(rows: list[tuple[int, int, int]], others: list[tuple[int, int, int]]) -> None:
     expected = [

@@ -126,7 +126,7 @@ def seen_texts(text: str) -> bool:
     return any(pattern.search(text) for pattern in patterns) or personal_data.kind_in(text) is not None
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(_TEXT | st.text(max_size=40), st.booleans(), st.integers(0, 80))
 def test_the_cheap_look_never_misses(text: str, escaped: bool, shift: int) -> None:
     if seen_texts(text):
@@ -138,7 +138,7 @@ def test_the_cheap_look_never_misses(text: str, escaped: bool, shift: int) -> No
         assert ends == [3, 5]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(_TEXT, max_size=5))
 def test_a_block_is_looked_at_if_one_of_its_lines_is(texts: list[str]) -> None:
     lines = [json.dumps({"content": text}, ensure_ascii=False).encode() for text in texts]

@@ -122,7 +122,7 @@ _VALUES = st.recursive(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.lists(_VALUES, min_size=1, max_size=3).map(lambda items: {"k": items}))
 def test_a_row_written_as_python_is_the_row_again(value: object) -> None:
     data = repr(value).encode()
@@ -134,7 +134,7 @@ def test_a_row_written_as_python_is_the_row_again(value: object) -> None:
 _SCRAPS = ["{", "}", "[", "]", ",", ":", '"a"', "'b'", " ", "1", "true", "None", "//x", "\n", "“c”", '"', "\\"]
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 @given(st.lists(st.sampled_from(_SCRAPS), max_size=14))
 def test_what_is_offered_is_valid(parts: list[str]) -> None:
     data = "".join(parts).encode()
@@ -150,7 +150,7 @@ def test_what_is_offered_is_valid(parts: list[str]) -> None:
             strict_json.loads(line)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.binary(max_size=40) | st.text(max_size=40).map(str.encode))
 def test_any_bytes_are_survived(data: bytes) -> None:
     mending.mend(data)

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 
 from tests.unit.bad_rows import ASSISTANT, CASES, GOOD, USER, Case, file, reply
 from tests.unit.bad_rows import line as one_line
@@ -135,7 +135,7 @@ def test_a_repair_never_adds_errors_and_a_second_finds_nothing(case: Case, tmp_p
         assert again == result and more.dropped == 0
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=300)
 @given(_ANY)
 def test_any_bytes_can_be_repaired(tmp_path: Path, data: bytes) -> None:
     _, counts, report = repaired(tmp_path, data, chosen(drop=True))

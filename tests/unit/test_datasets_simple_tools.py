@@ -89,7 +89,7 @@ def exactly_allowed(tool: tools.Tool, text: str) -> bool:
     return isinstance(arguments, dict) and tool.required <= arguments.keys() and fits
 
 
-@settings(max_examples=1500, deadline=None)
+@settings(max_examples=1500)
 @given(_TOOLS, st.lists(_TEXTS, min_size=1, max_size=3))
 @example([{"function": {"name": "f", "parameters": {"properties": {"a": {"type": "integer"}}}}}], ['{"a": 1, "a": 2}'])
 def test_what_is_taken_is_beyond_doubt(value: list[dict[str, Any]], texts: list[str]) -> None:

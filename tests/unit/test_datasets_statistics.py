@@ -84,7 +84,7 @@ def test_less_is_counted_if_less_is_asked_for(tmp_path: Path) -> None:
     assert bare.statistics == {} and bare.counts["duplicate_row"] == 1
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(st.integers(0, 1 << 22) | st.integers(0, 60), min_size=1, max_size=60), st.integers(0, 60))
 def test_lengths_are_nearly_exact_and_can_be_put_together(values: list[int], cut: int) -> None:
     whole, first, second = Lengths(), Lengths(), Lengths()

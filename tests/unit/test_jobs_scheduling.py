@@ -190,7 +190,7 @@ def drawn(seed: int, *, projects: int, jobs: int, memory: bool) -> list[tuple[fl
     return found
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(seed=st.integers(0, 2**32), projects=st.integers(2, 6), places=st.integers(1, 3))
 def test_no_project_is_starved(seed: int, projects: int, places: int) -> None:
     """While a project waits with no trainer at work, each other one starts no more than the waiting one had used, plus a job."""
@@ -210,7 +210,7 @@ def test_no_project_is_starved(seed: int, projects: int, places: int) -> None:
         assert sum(played.lengths[each.id] for each in since[:-1]) <= used_s + 1e-6
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(seed=st.integers(0, 2**32), projects=st.integers(1, 4), places=st.integers(1, 5))
 def test_memory_is_never_exceeded_and_nobody_is_passed_for_ever(seed: int, projects: int, places: int) -> None:
     room = Room(places=places, memory_bytes=100, most_memory_bytes=100)
@@ -220,7 +220,7 @@ def test_memory_is_never_exceeded_and_nobody_is_passed_for_ever(seed: int, proje
     assert max(played.passed.values(), default=0) <= MOST_PASSES
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(seed=st.integers(0, 2**32), projects=st.integers(1, 4), places=st.integers(1, 3))
 def test_a_forecast_comes_true(seed: int, projects: int, places: int) -> None:
     """Where all lengths are known, nothing arrives later and use does not fade, the order and times are those that happen."""

@@ -17,7 +17,7 @@ from tunewright.rendering.canary import canaries
 from tunewright.rendering.conversation import Conversation, Message, ToolCall
 from tunewright.rendering.renderer import Renderer, renderer_of
 
-FAST = settings(max_examples=40, deadline=None)
+FAST = settings(max_examples=40)
 CONTROL = ("<|im_start|>assistant\n", "<|im_end|>", "<|endoftext|>", "<|user|>", "<|eot_id|>", "</s>", "<s>", "[gMASK]")
 TOOL = {
     "type": "function",

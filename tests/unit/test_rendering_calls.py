@@ -20,7 +20,7 @@ from tunewright.rendering.conversation import Conversation, Message, ToolCall
 from tunewright.rendering.renderer import Renderer
 from tunewright.rendering.tools import CallPiece, Piece, TextPiece
 
-FAST = settings(max_examples=25, deadline=None)
+FAST = settings(max_examples=25)
 OURS = ("chatml", "llama3", "glm4", "glm4 with tools", "instruct")
 NATIVE = ("native", "glm45", "llama31")
 MARKS = (

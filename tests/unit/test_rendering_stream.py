@@ -11,7 +11,7 @@ from tests.tiny_models import tiny_tokenizer
 from tunewright.rendering.renderer import Renderer
 from tunewright.rendering.tokens import Tokens
 
-FAST = settings(max_examples=60, deadline=None)
+FAST = settings(max_examples=60)
 
 
 @pytest.fixture(scope="module")

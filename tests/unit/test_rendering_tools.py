@@ -15,7 +15,7 @@ from tunewright.rendering.renderer import Renderer
 from tunewright.rendering.tool_format import our_turns, written_call
 from tunewright.rendering.tools import AnswerParser, CallPiece, Piece, ReasoningPiece, TextPiece
 
-FAST = settings(max_examples=60, deadline=None)
+FAST = settings(max_examples=60)
 
 
 def mixed(parts: str | list[str], most: int = 12) -> st.SearchStrategy[str]:

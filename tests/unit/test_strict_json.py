@@ -153,7 +153,7 @@ def _outcome(read: object, data: bytes) -> object:
         return (error.code, error.values)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.one_of(st.binary(max_size=40), st.lists(_FRAGMENTS, max_size=12).map(lambda parts: "".join(parts).encode())))
 def test_the_short_cut_agrees_with_the_rule_on_any_bytes(data: bytes) -> None:
     # repr tells 1 from 1.0 and -0.0 from 0.0, which == does not.
@@ -162,7 +162,7 @@ def test_the_short_cut_agrees_with_the_rule_on_any_bytes(data: bytes) -> None:
     )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(_VALUES, st.booleans())
 def test_what_json_writes_is_read_back(value: object, ascii_only: bool) -> None:
     text = json.dumps(value, ensure_ascii=ascii_only)
