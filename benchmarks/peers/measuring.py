@@ -93,7 +93,8 @@ def peak_rss_bytes() -> int:
 
 def watch(asked: Request) -> Meter:
     """A meter of whatever trainer of the transformers family this process makes from now on."""
-    from transformers import Trainer, TrainerCallback, trainer
+    from transformers import Trainer, TrainerCallback
+    from transformers.trainer import DEFAULT_CALLBACKS
 
     meter = Meter(asked)
     train_on: Any = Trainer.training_step
@@ -115,7 +116,7 @@ def watch(asked: Request) -> Meter:
                 meter.losses.append(float(logs["loss"]))
 
     Trainer.training_step = counted
-    trainer.DEFAULT_CALLBACKS.append(Notes)  # pyright: ignore[reportArgumentType]
+    DEFAULT_CALLBACKS.append(Notes)  # pyright: ignore[reportArgumentType]
     return meter
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from tunewright.errors import InvalidRequest
 from tunewright.i18n import mark
@@ -23,8 +24,8 @@ def load_model(folder: Path, dtype: torch.dtype, attention: str = PER_CONVERSATI
 
     Raises InvalidRequest(`base_model_unsupported`).
     """
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    set_verbosity_error()
+    disable_progress_bar()
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(
             folder,
