@@ -158,7 +158,7 @@ class LiveServer:
         answer.raise_for_status()
         return answer.json()
 
-    def wait(self, job_id: str, timeout_s: float = 120) -> dict[str, Any]:
+    def wait(self, job_id: str, timeout_s: float = 240) -> dict[str, Any]:
         """The job once it has ended."""
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:

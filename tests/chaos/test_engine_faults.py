@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -214,8 +215,11 @@ class Worker:
                 connection, _ = self._listener.accept()
             except OSError:
                 return
-            with connection, connection.makefile("rb") as lines:
-                request = decode_request(lines.readline())
+            with suppress(ConnectionError), connection, connection.makefile("rb") as lines:
+                line = lines.readline()
+                if not line:  # given up before it was asked
+                    continue
+                request = decode_request(line)
                 if isinstance(request, Generate):
                     if self.ponders:
                         connection.recv(1)  # until the caller has had enough

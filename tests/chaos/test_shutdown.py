@@ -231,7 +231,10 @@ def test_stop_ends_the_workers_of_an_earlier_server(server: LiveServer) -> None:
     server.start()
     assert LocalRunner().alive(worker.pid, worker.start_ticks), "it is there to be adopted, if somebody asks for it"
     assert server.stop() == 0
-    assert not LocalRunner().alive(worker.pid, worker.start_ticks)
+    deadline = time.monotonic() + 10  # one that is slow to end is killed at the last moment, and goes a little later
+    while LocalRunner().alive(worker.pid, worker.start_ticks):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def children_cpu_s() -> float:

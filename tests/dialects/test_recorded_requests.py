@@ -100,9 +100,9 @@ def test_a_recorded_request_gets_its_answer(
 
 def batch_rows() -> list[dict[str, Any]]:
     """Enough work that it can still be cancelled."""
-    body = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 600, "temperature": 0}
+    body = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 200, "temperature": 0}
     row = {"method": "POST", "url": "/v1/chat/completions", "body": body}
-    return [{"custom_id": str(number), **row} for number in range(100)]
+    return [{"custom_id": str(number), **row} for number in range(400)]
 
 
 def fresh(request: dict[str, Any], server: LiveServer, things: dict[str, str]) -> dict[str, str]:
