@@ -4,6 +4,7 @@ Crash-only, like the loop of the jobs: the wish is in the database, the processe
 and start-up is finding them again. What is decided is in `decision.py`, how a process comes up in `replicas.py`.
 """
 
+import asyncio
 import shutil
 import threading
 from collections.abc import Callable
@@ -40,6 +41,7 @@ log = structlog.get_logger()
 
 _BUSY_PAUSE_S = 0.1
 _IDLE_PAUSE_S = 0.5
+_LOOK_LIMIT_S = 1.0
 _MEASURE_EVERY_S = 5.0
 _MEMORY_PAUSE_S = 5.0
 _YOUNG_S = 30.0
@@ -86,6 +88,8 @@ class Reconciler:
         """Deployments that are known from following, and not taken over yet."""
         self._expected: dict[str, Deployment] = {}
         """Those that were made or changed since the last pass."""
+        self._begun = self._ended = 0
+        """Passes."""
         self._swept = False
         self._measured_s = mono_s()
         self._thread: threading.Thread | None = None
@@ -103,6 +107,18 @@ class Reconciler:
     def wake(self) -> None:
         """Look now: something has changed. May be called from any thread."""
         self._woken.set()
+
+    @property
+    def leads(self) -> bool:
+        """Whether this server keeps the deployments of the home, so that all that is ready was ready here first."""
+        return self._leads
+
+    async def look_again(self) -> None:
+        """Wait for a pass that begins from now on, a second at most."""
+        wanted, deadline_s = self._begun + 1, mono_s() + _LOOK_LIMIT_S
+        self.wake()
+        while self._ended < wanted and mono_s() < deadline_s:
+            await asyncio.sleep(0.01)
 
     def stop(self, *, others_stay: bool = False) -> None:
         """End the loop and all replicas of this home, which are left to other servers if some stay. Takes no more than a few
@@ -151,6 +167,7 @@ class Reconciler:
     def _run(self) -> None:
         while not self._stopping.is_set():
             self._woken.clear()
+            self._begun += 1
             try:
                 active = self.run_once()
             except TunewrightError as error:
@@ -159,6 +176,7 @@ class Reconciler:
             except Exception:
                 log.exception("deployments_pass_failed")
                 active = False
+            self._ended = self._begun
             self._woken.wait(_BUSY_PAUSE_S if active else _IDLE_PAUSE_S)
 
     def run_once(self) -> bool:

@@ -11,6 +11,7 @@ import msgspec
 
 from tunewright.clock import mono_s
 from tunewright.deployments.attempts import attempts
+from tunewright.deployments.decision import READY
 from tunewright.deployments.pool import Pool
 from tunewright.deployments.ports import Done, Embed, Generate, State, TokenText, Vector
 from tunewright.deployments.reconciler import Reconciler, Running, event_of
@@ -156,7 +157,7 @@ class Serving:
 
     async def _awake(self, deployment: Deployment) -> Running:
         """What is known of it; one that sleeps is woken and waited for."""
-        running = self._reconciler.running(deployment.id)
+        running = await self._known(deployment)
         if running is None or running.retired:
             raise self._not_ready(None)
         if not (deployment.asleep or running.deployment.asleep):
@@ -171,6 +172,15 @@ class Serving:
             if running.deployment.status == FAILED or (reason and reason.code == "insufficient_memory"):
                 break
             await asyncio.sleep(_LOOK_EVERY_S)
+        return running
+
+    async def _known(self, deployment: Deployment) -> Running | None:
+        """Another server may have started a replica just now, of which the row tells already."""
+        running = self._reconciler.running(deployment.id)
+        told = any(record.state == READY for record in deployment.replica_records)
+        if told and (running is None or (_least_busy(running) is None and not self._reconciler.leads)):
+            await self._reconciler.look_again()
+            running = self._reconciler.running(deployment.id)
         return running
 
     def _wake(self, deployment: Deployment) -> None:
