@@ -237,6 +237,9 @@ class Bench:
                 raise AssertionError("a trainer can't be killed")
             time.sleep(0.01)
         for runner in self.runners:
+            for child in list(runner._children.values()):  # one whose job is over may still be about to end
+                child.kill()
+                child.wait(30)
             runner.reap()
         self.storage.close()
 
