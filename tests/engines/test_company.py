@@ -18,7 +18,10 @@ from tests.engines.families import family, linears_of
 from tests.tiny_glm import tiny_glm
 from tests.tiny_models import tiny_llama
 from tunewright.deployments.ports import Done, TokenScore, Trouble
+from tunewright.engines import loading
 from tunewright.engines.batch import Batch
+from tunewright.engines.decode_attention import by_numpy
+from tunewright.engines.decoder import Decoder
 from tunewright.engines.general import GeneralDecoder
 from tunewright.engines.kv_cache import SlotCache
 from tunewright.engines.loading import load_decoder
@@ -56,7 +59,7 @@ class World:
             for n in range(n_adapters)
         ]
         self.reference = Reference(base)
-        self.decoder = GeneralDecoder(load_model(base, CPU)) if "general" in kind else load_decoder(base, CPU, 256)
+        self.decoder = decoder_of(kind, base)
         self.renderer = Renderer(base)
         self._solo: dict[tuple[Path | None, tuple[int, ...], int], list[TokenScore]] = {}
 
@@ -91,7 +94,20 @@ class World:
         return done
 
 
-@pytest.fixture(scope="module", params=["llama", "llama-general", "glm", "glm4", "glm4-general", "glm4_moe", "qwen3"])
+def decoder_of(kind: str, base: Path) -> Decoder:
+    """By transformers' own code, by the fast path, or by that with numpy's attention, which large models may get."""
+    if "general" in kind:
+        return GeneralDecoder(load_model(base, CPU))
+    with pytest.MonkeyPatch.context() as patch:
+        if "numpy" in kind:
+            patch.setattr(loading, "_MEASURED_FROM", 0)
+            patch.setattr(loading, "fastest_attention", lambda *_: by_numpy)
+        return load_decoder(base, CPU, 256)
+
+
+@pytest.fixture(
+    scope="module", params=["llama", "llama-numpy", "llama-general", "glm", "glm4", "glm4-general", "glm4_moe", "qwen3"]
+)
 def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> World:
     return World(request.param, tmp_path_factory.mktemp("company"))
 
