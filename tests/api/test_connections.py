@@ -49,7 +49,7 @@ async def test_bad_heads(running: Running, name: str, raw: str, status: int, cod
     began = time.perf_counter()
     answered, body = await exchange(running, raw.replace("{key}", key).encode("latin-1"))
     assert (answered, json.loads(body)["error"]["code"]) == (status, code)
-    assert time.perf_counter() - began < connections.HEAD_LIMIT_S / 2, "nothing more of it is waited for"
+    assert time.perf_counter() - began < 1
 
 
 async def test_refusals_before_there_is_a_request_have_the_dialects_shape(

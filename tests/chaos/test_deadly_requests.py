@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,7 @@ async def test_r25_a_stream_that_kills_late_ends_with_an_error(server: LiveServe
 async def test_t19_a_worker_that_hangs_in_a_step_is_replaced_and_only_the_culprit_is_blamed(server: LiveServer) -> None:
     stuck_before = deaths(server, "stuck")
     begun: set[int] = set()
+    began = time.monotonic()
 
     async def stream(client: httpx.AsyncClient, n: int) -> str:
         text = ""
@@ -125,6 +127,7 @@ async def test_t19_a_worker_that_hangs_in_a_step_is_replaced_and_only_the_culpri
             await asyncio.sleep(0.01)
         hanging = await post(client, **body(HANGS, "hang"))
         assert (hanging.status_code, hanging.json()["error"]["code"]) == (500, "request_quarantined")
+        assert time.monotonic() - began < 30
         for text in await asyncio.gather(*streams):
             assert '"engine_lost"' in text and "[DONE]" not in text
         assert (await post(client, **body(1, "long", max_tokens=5))).status_code == 200

@@ -95,7 +95,7 @@ def test_r06_a_worker_that_outlived_its_server_is_kept_while_a_server_uses_it(se
     time.sleep(IDLE_EXIT_S + 1.5)
     assert lives(worker), "it ended itself although a server uses it"
     server.kill()
-    deadline = time.monotonic() + IDLE_EXIT_S + 60
+    deadline = time.monotonic() + IDLE_EXIT_S + 5
     while lives(worker) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not lives(worker), "an orphan whom nobody asks ends itself"
@@ -116,7 +116,9 @@ def test_a_deleted_model_leaves_the_worker(server: LiveServer) -> None:
         assert len(worker_state(server).adapters) == 1
         worker = worker_process(server)
         os.kill(worker.pid, signal.SIGSTOP)
+        began = time.monotonic()
         assert api.delete(f"/models/{names[1]}").json()["deleted"] is True
+        assert time.monotonic() - began < 1
         assert lives(worker), "a deletion waits for no engine: this one would be given up first"
     left = [path for path in (server.home / "adapters").rglob("*") if path.name != "checkpoints"]
     assert left == [], "a model's checkpoints go with it"
@@ -132,10 +134,12 @@ def test_r21_an_engine_that_can_not_start_is_a_quick_503_and_heals(
     weights.write_bytes(content[:-1] + b"\xff")
     body = {"model": "brittle", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 4}
     with server.api() as api:
-        for _ in range(2):  # the first waits for the start that fails, the second for nothing
+        for limit_s in (60.0, 1.0):  # the first waits for the start that fails, the second for nothing
+            began = time.monotonic()
             answer = api.post("/chat/completions", json=body)
             assert (answer.status_code, answer.json()["error"]["code"]) == (503, "engine_not_ready")
             assert int(answer.headers["retry-after"]) >= 1
+            assert time.monotonic() - began < limit_s
         assert server.log.read_text().count('"engine_start_failed"') == 1, "nothing was started for the second"
         weights.write_bytes(content)
         deadline = time.monotonic() + 60
@@ -177,7 +181,7 @@ def test_r26_callers_who_leave_cost_nothing(server: LiveServer, cycles: int) -> 
     while (state := worker_state(server)).active or state.waiting:
         assert time.monotonic() - left < 2, state
         time.sleep(0.05)
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 5
     while (more := open_files(gateway.pid)[0] - before[0]).total() > 3 or worker.num_fds() - before[1] > 3:
         assert time.monotonic() < deadline, more
         time.sleep(0.1)
@@ -404,7 +408,7 @@ def test_forgetting_a_model_never_waits_and_never_fails(home: HomeFolder, pool: 
         worker.mute = True
         began = mono_s()
         pool.forget(model)
-        assert mono_s() - began < 1
+        assert mono_s() - began < 0.2
     finally:
         worker.close()
     pool.forget(model)  # a worker that is gone

@@ -152,7 +152,7 @@ def test_r22_a_frozen_replica_gets_no_calls_until_it_answers_again(server: LiveS
         os.kill(frozen.pid, signal.SIGCONT)
 
     streams.run(freeze)
-    assert noticed[0] < SILENCE_LIMIT_S + 8
+    assert noticed[0] < SILENCE_LIMIT_S + 2
     assert streams.ends["error"] == 3 and streams.ends["done"] == 3, streams.ends
     wait_for(server, pair, ready)
     assert lives(frozen), "one that comes back in time is kept"
@@ -219,6 +219,7 @@ def test_a_new_setting_replaces_one_after_another(server: LiveServer, pair: str)
             server, pair, lambda found: ready(found) and not old & {p.pid for p in processes(server, pair).values()}
         )
     assert set(codes) - {"instance_not_ready", "503"} == {"200"}, "refused only until the old ones were found again"
+    assert codes["503"] <= 20
 
 
 def test_r31_one_three_one_and_gone_under_traffic(server: LiveServer) -> None:

@@ -544,7 +544,7 @@ def test_r04_kill_minus_9_of_the_server_at_random_moments(bench: Bench, kills: i
             if kill % 3 == 2 and (bench.home.jobs / job.id / "trainer.json").exists():
                 bench.runners[0].kill(bench.process(job.id).pid)
         reached = newest_step(bench, job.id)
-        bench.until(lambda: bench.job(job.id).step >= reached)  # the state is right again
+        bench.until(lambda: bench.job(job.id).step >= reached, limit_s=15)  # the state is right again
         done = bench.until_over(job.id)
     finally:
         for server in servers:
@@ -567,7 +567,7 @@ def test_shutdown_checkpoints_and_the_next_start_goes_on(bench: Bench) -> None:
     bench.until(lambda: bench.job(job.id).step >= 5, moving=False)
     started = time.monotonic()
     bench.controller.stop()
-    assert time.monotonic() - started < bench.settings.cancel_grace_s, "it saved, and was not killed"
+    assert time.monotonic() - started < 5, "it saved, and was not killed"
     parked = bench.job(job.id)
     assert (parked.status, parked.failures) == (QUEUED, 0) and parked.step == 5
     assert bench.processes_left(job.id) == []

@@ -84,7 +84,7 @@ class Gauge:
     def cpu_s(self) -> float:
         return self._cpu_s() - self._cpu
 
-    async def fds_come_back(self, limit_s: float = 30.0) -> None:
+    async def fds_come_back(self, limit_s: float = 5.0) -> None:
         deadline = time.monotonic() + limit_s
         while True:
             now, of_database = open_files(self.process.pid)
@@ -154,9 +154,9 @@ async def test_r26_callers_who_leave_cost_nothing(serve: Serve, cycles: int) -> 
             await asyncio.gather(*(leave(n + k) for k in range(10)))
             if n == cycles // 2 - cycles // 2 % 10:
                 half_mib = gauge.more_mib
-        await engine_is_idle(server, 5)  # half of what an answer takes that nobody leaves
+        await engine_is_idle(server, 2)
         await gauge.fds_come_back()
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 5
         while worker.num_fds() - worker_fds > 3:
             assert time.monotonic() < deadline
             await asyncio.sleep(0.05)
@@ -213,7 +213,7 @@ async def test_r27_slow_readers_hold_nobody_up(serve: Serve) -> None:
             print(f"p95 gap {1000 * p95[0]:.1f} -> {1000 * p95[1]:.1f} ms, {waiting_mib:.0f} MiB for 100 slow readers")
             assert p95[1] < 1.1 * p95[0] + 0.1
             assert waiting_mib < 100 * 0.4
-            await gauge.fds_come_back()  # although not one of them has closed its end
+            await gauge.fds_come_back(20.0)  # although not one of them has closed its end
         finally:
             for one in slow_ones:
                 one.cancel()

@@ -195,7 +195,7 @@ def test_r05_a_second_signal_is_quick(tmp_path: Path, tiny_base: Path) -> None:
         began = time.monotonic()
         process.send_signal(signal.SIGTERM)
         await asyncio.to_thread(process.wait, 40)
-        assert time.monotonic() - began < 20, "a third of the grace that it does not wait for"
+        assert time.monotonic() - began < 2
 
     streams.run(stop_twice)
     assert set(streams.ends) == {"broken"}, streams.ends

@@ -359,4 +359,4 @@ def test_an_orphan_serves_on_and_goes_when_nobody_comes(tiny_base: Path, tmp_pat
     idle = time.monotonic()
     psutil.wait_procs([worker], timeout=60)
     assert not worker.is_running()
-    assert time.monotonic() - idle > 2
+    assert 2 < time.monotonic() - idle < 6
